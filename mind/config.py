@@ -1,0 +1,445 @@
+"""params.yaml <-> frozen pydantic models: every setting of the line, grouped by the stage that reads it.
+
+Unknown keys are refused with their path and the nearest known key; all faults are reported together.
+Options of a method live with that method only, told apart by the tag `method`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, field_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from mind.errors import ConfigError
+from mind.records import PERSPECTIVES
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+"""A name that becomes a folder: no slash, no leading dot, so it can never leave the workspace."""
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# ---------------------------------------------------------------- synthesize
+
+
+class Timeouts(Settings):
+    """Seconds for one request to the teacher."""
+
+    connect: PositiveFloat = 10
+    read: PositiveFloat = 120
+    total: PositiveFloat = 300
+
+
+class Price(Settings):
+    """USD for one million tokens."""
+
+    input: NonNegativeFloat
+    output: NonNegativeFloat
+
+
+class Teacher(Settings):
+    """Who is asked, and how. The API key comes from the environment only."""
+
+    base_url: str = "embedded"
+    model: str = "recorded"
+    api_key_env: str = "OPENAI_API_KEY"
+    temperature: float | None = Field(default=0.7, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_tokens: PositiveInt = 1024
+    in_flight: PositiveInt = 32
+    retries: int = Field(default=6, ge=0)
+    timeouts: Timeouts = Timeouts()
+    prices: dict[str, Price] = {}
+
+
+class Synthesis(Settings):
+    """Which questions are put to the teacher, from which perspectives."""
+
+    questions: str = "primer"
+    limit: PositiveInt | None = None
+    perspectives: tuple[str, ...] = PERSPECTIVES
+
+    @field_validator("perspectives")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names:
+            raise ValueError("empty; wanted at least one perspective")
+        if len(set(names)) < len(names):
+            raise ValueError("a perspective stands twice")
+        for name in names:
+            if name not in PERSPECTIVES:
+                raise ValueError(f"unknown perspective '{name}'; known: {', '.join(PERSPECTIVES)}")
+        return names
+
+
+# ------------------------------------------------------------------ snapshot
+
+
+class Snapshot(Settings):
+    """Difficulty of a question = 1 - share of its first replies that the judge accepted (method, section 1).
+
+    All questions with difficulty > `easy_below` are kept; of the easier ones a seeded share `easy_keep`.
+    """
+
+    easy_below: Fraction = 0.0
+    easy_keep: Fraction = 1.0
+    min_views: int = Field(default=1, ge=1, le=len(PERSPECTIVES))
+    limit: PositiveInt | None = None
+
+
+# ------------------------------------------------------------------- distill
+
+
+class Lora(Settings):
+    r: PositiveInt = 16
+    alpha: PositiveFloat = 32
+    dropout: Fraction = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+class Student(Settings):
+    """The model that learns: the embedded `smollm2-135m`, a hub id or a local folder."""
+
+    name: str = "smollm2-135m"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    tuning: Literal["lora", "full"] = "lora"
+    lora: Lora = Lora()
+
+
+class Training(Settings):
+    """The one training loop that all methods share."""
+
+    epochs: PositiveInt = 1
+    learning_rate: PositiveFloat = 3e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: Fraction = 0.05
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    questions_per_step: PositiveInt = 1
+    accumulation: PositiveInt = 1
+    max_tokens: PositiveInt = 2048
+    too_long: Literal["refuse", "drop"] = "refuse"
+    layout: Literal["packed", "padded"] = "packed"
+    gradient_checkpointing: bool = False
+    checkpoint_steps: PositiveInt = 50
+
+
+class Base(Settings):
+    """The student untouched."""
+
+    method: Literal["base"] = "base"
+
+
+class MetaNetOptions(Settings):
+    """MetaNet, the teaching assistant (method, sections 2 and 3)."""
+
+    width: PositiveInt = 128
+    heads: PositiveInt = 4
+    features: Literal["student"] = "student"
+    learning_rate: PositiveFloat = 1e-3
+    accumulation: PositiveInt = 4
+    warmup_epochs: int = Field(default=3, ge=0)
+
+
+class Mind(Settings):
+    """MIND in full; each ablation is one of these keys (method, sections 2-5)."""
+
+    method: Literal["mind"] = "mind"
+    inertia: float = Field(default=0.9, ge=0, lt=1)  # mu; 0 = instant loss
+    tau: PositiveFloat = 0.2  # temperature of the ListNet objective
+    tau_student: PositiveFloat = 0.2  # temperature of the view weights alpha
+    beta: Fraction = 0.8  # keep views with s_k >= beta * max(s); 0 = no selection
+    consistency: NonNegativeFloat = 0.1  # lambda
+    self_attention: bool = True
+    metanet: MetaNetOptions = MetaNetOptions()
+
+
+class WithoutFusion(Settings):
+    """Every view an independent example of uniform weight: no MetaNet, no selection, no consistency."""
+
+    method: Literal["without_fusion"] = "without_fusion"
+
+
+class Single(Settings):
+    """One perspective only."""
+
+    method: Literal["single"] = "single"
+    perspective: Literal[PERSPECTIVES]  # type: ignore[valid-type]
+
+
+METHODS = (Base, Mind, WithoutFusion, Single)
+METHOD_NAMES = tuple(m.model_fields["method"].default for m in METHODS)
+
+
+class Variant(Settings):
+    """One named row of the comparison: a method with its options, and what it overrides of student and training."""
+
+    method: Annotated[Base | Mind | WithoutFusion | Single, Field(discriminator="method")]
+    student: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    seed: int | None = None
+
+
+# ------------------------------------------------------------------ evaluate
+
+
+class Evaluation(Settings):
+    benchmarks: tuple[str, ...] = ("primer", "choice", "yesno")
+    limit: PositiveInt | None = None  # first N questions of each benchmark
+    max_new_tokens: PositiveInt = 256
+    batch_tokens: PositiveInt = 8192
+
+
+class Latent(Settings):
+    """Hidden states of held-out rationales, clustered and drawn (method, section 6)."""
+
+    questions: int = Field(default=24, ge=0)  # 0 = skip
+    components: PositiveInt = 16  # upper bound of the Dirichlet-process mixture
+    pca: PositiveInt = 16
+
+
+# ----------------------------------------------------------------- the whole
+
+
+class Run(Settings):
+    variants: tuple[Name, ...] = ("base", "mind")
+    reference: Name = "base"
+
+
+class Tracking(Settings):
+    """Where MLflow keeps the runs; a relative SQLite path counts from the workspace."""
+
+    uri: str = "sqlite:///mlflow/mlflow.db"
+    experiment: str = "mind"
+
+
+class Config(Settings):
+    """params.yaml as a whole."""
+
+    seed: int = 17
+    run: Run = Run()
+    teacher: Teacher = Teacher()
+    synthesis: Synthesis = Synthesis()
+    snapshot: Snapshot = Snapshot()
+    student: Student = Student()
+    training: Training = Training()
+    variants: dict[Name, Variant] = {"base": Variant(method=Base()), "mind": Variant(method=Mind())}
+    evaluation: Evaluation = Evaluation()
+    latent: Latent = Latent()
+    tracking: Tracking = Tracking()
+
+    def variant(self, name: str) -> Resolved:
+        """The settings under which variant `name` trains: its own on top of the common ones.
+
+        Raises:
+            ConfigError: no variant of that name.
+        """
+        if name not in self.variants:
+            raise ConfigError(f"unknown variant '{name}'", wanted=f"one of {', '.join(self.variants)}", do="add it under 'variants:' in params.yaml")
+        own = self.variants[name]
+        return Resolved(
+            name=name,
+            seed=self.seed if own.seed is None else own.seed,
+            method=own.method,
+            student=Student.model_validate(merge(self.student.model_dump(), own.student)),
+            training=Training.model_validate(merge(self.training.model_dump(), own.training)),
+        )
+
+
+class Resolved(Settings):
+    """What one variant trains with: everything `distill` reads of the configuration."""
+
+    name: str
+    seed: int
+    method: Annotated[Base | Mind | WithoutFusion | Single, Field(discriminator="method")]
+    student: Student
+    training: Training
+
+
+# ------------------------------------------------------------------- reading
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `over` laid on top, group by group."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
+    """`['training.epochs=2', ...]` -> nested settings; values are YAML.
+
+    Raises:
+        ConfigError: an item without '=' or with an empty key.
+    """
+    nested: dict[str, Any] = {}
+    for item in items:
+        path, equals, text = item.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"--set {item}", wanted="--set stage.key=value, for instance --set training.epochs=2")
+        value: Any = YAML(typ="safe").load(text) if text else None
+        for key in reversed(keys):
+            value = {key: value}
+        nested = merge(nested, value)
+    return nested
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """The raw mapping of a params.yaml (YAML 1.2, so that 3e-4 is a number).
+
+    Raises:
+        ConfigError: missing or malformed file.
+    """
+    try:
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", do="run `mind init DIR` to make a workspace") from None
+    except MarkedYAMLError as error:
+        place = f"line {error.problem_mark.line + 1}" if error.problem_mark else "somewhere"
+        raise ConfigError(f"{path}, {place}: {error.problem}", wanted="valid YAML") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds {type(raw).__name__}", wanted="groups of settings: run, teacher, training, ...")
+    return raw
+
+
+def validate(raw: Mapping[str, Any], source: str = "params.yaml") -> Config:
+    """Raw settings -> Config.
+
+    Raises:
+        ConfigError: with every fault, its path and, for an unknown key, the nearest known one.
+    """
+    raw = {**raw, "variants": _nest_methods(raw.get("variants", {"base": {"method": "base"}, "mind": {"method": "mind"}}))}
+    faults: list[str] = []
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise _fault(source, [_describe(e) for e in error.errors()]) from None
+    for name, variant in config.variants.items():
+        for group, model in (("student", Student), ("training", Training)):
+            common = getattr(config, group).model_dump()
+            try:
+                model.model_validate(merge(common, getattr(variant, group)))
+            except ValidationError as error:
+                faults += [_describe({**e, "loc": ("variants", name, group, *e["loc"])}) for e in error.errors()]
+    for name in dict.fromkeys((*config.run.variants, config.run.reference)):
+        if name not in config.variants:
+            faults.append(f"run: variant '{name}' is not defined{_nearest(name, config.variants)}; defined: {', '.join(config.variants)}")
+    if faults:
+        raise _fault(source, faults)
+    return config
+
+
+def load_config(path: Path) -> Config:
+    """Read and validate a params.yaml. Raises ConfigError."""
+    return validate(read_params(path), str(path))
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The resolved settings as YAML, in the form that `validate` reads."""
+    data = config.model_dump(mode="json")
+    if "variants" in data:
+        data["variants"] = {name: _flatten_method(v) for name, v in data["variants"].items()}
+    out = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(data, out)
+    return out.getvalue()
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings -> {'training.epochs': 1, ...}, as MLflow params want them."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def _nest_methods(variants: Any) -> Any:
+    """A variant is written flat ({method: mind, inertia: 0}); its method's options move under `method` here."""
+    if not isinstance(variants, Mapping):
+        return variants
+    own = set(Variant.model_fields) - {"method"}
+    nested = {}
+    for name, raw in variants.items():
+        if isinstance(raw, Mapping) and not isinstance(raw.get("method"), Mapping):
+            options = {k: v for k, v in raw.items() if k not in own}
+            raw = {"method": options, **{k: v for k, v in raw.items() if k in own}}
+        nested[name] = raw
+    return nested
+
+
+def _flatten_method(variant: Mapping[str, Any]) -> dict[str, Any]:
+    rest = {k: v for k, v in variant.items() if k != "method" and v not in ({}, None)}
+    return {**variant["method"], **rest}
+
+
+def _fault(source: str, faults: list[str]) -> ConfigError:
+    return ConfigError(
+        f"{source}: {len(faults)} setting{'s' if len(faults) > 1 else ''} cannot be used:\n    " + "\n    ".join(faults),
+        do=f"mend {source} or the --set",
+    )
+
+
+def _describe(error: Any) -> str:
+    loc = [str(part) for part in error["loc"]]
+    if loc[:1] == ["variants"] and loc[2:3] == ["method"]:  # variants.mind.method.mind.inertia -> variants.mind.inertia
+        loc = [*loc[:2], *(loc[4:] if len(loc) > 4 else ["method"])]
+    path = ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown key{_nearest(loc[-1], _known_keys(loc[:-1], error))}"
+    if error["type"] == "union_tag_invalid":
+        return f"{path}: unknown method {error['input'].get('method')!r}; wanted one of {', '.join(METHOD_NAMES)}"
+    if error["type"] == "union_tag_not_found":
+        return f"{path}: missing; wanted one of {', '.join(METHOD_NAMES)}"
+    if error["type"] == "missing":
+        return f"{path}: missing"
+    return f"{path}: {error['msg'].removeprefix('Value error, ')} (found {error['input']!r})"
+
+
+def _known_keys(parents: list[str], error: Any) -> Iterable[str]:
+    """The keys of the group that `parents` leads to."""
+    model: Any = Config
+    raw = list(error["loc"])
+    if parents[:1] == ["variants"] and len(parents) >= 2:
+        if "method" in raw:
+            tag = raw[raw.index("method") + 1]
+            model = next(m for m in METHODS if m.model_fields["method"].default == tag)
+            known = set(model.model_fields) | set(Variant.model_fields)
+            if len(parents) == 2:
+                return known
+        else:
+            model = Variant
+        parents = parents[2:]
+        if parents[:1] == ["student"]:
+            model, parents = Student, parents[1:]
+        elif parents[:1] == ["training"]:
+            model, parents = Training, parents[1:]
+    for parent in parents:
+        field = model.model_fields.get(parent)
+        annotation = getattr(field, "annotation", None)
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ()
+        model = annotation
+    return model.model_fields
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,72 @@
+"""Every error that `mind` raises on purpose. The tree:
+
+MindError                   exit 1   something failed
+├── UsageError              exit 2   the command, the configuration or an input file is wrong; trying again cannot help
+│   ├── ConfigError                  params.yaml, a `--set`, an unknown variant
+│   └── DataError                    a questions file, a benchmark file, a dataset
+├── TeacherError            exit 1   the endpoint refused or cannot be used (bad key, unknown model)
+├── StudentError            exit 1   a model that cannot be loaded, a damaged adapter
+├── StageError              exit 1   a stage failed; its own message stands above
+└── PassingError            exit 75  may pass by itself (network, overload): orchestrators retry only this one
+
+A message says what was found, what was wanted and what to do.
+"""
+
+from __future__ import annotations
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_PASSING = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+
+
+class MindError(Exception):
+    """An error a user can act on.
+
+    Args:
+        found: what is the case, with the offending value and its place.
+        wanted: what would have been right.
+        do: the next step that mends it.
+    """
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, found: str, *, wanted: str = "", do: str = "") -> None:
+        self.found, self.wanted, self.do = found, wanted, do
+        lines = [found]
+        if wanted:
+            lines.append(f"  wanted: {wanted}")
+        if do:
+            lines.append(f"  to do:  {do}")
+        super().__init__("\n".join(lines))
+
+
+class UsageError(MindError):
+    exit_code = EXIT_USAGE
+
+
+class ConfigError(UsageError):
+    pass
+
+
+class DataError(UsageError):
+    pass
+
+
+class TeacherError(MindError):
+    pass
+
+
+class StudentError(MindError):
+    pass
+
+
+class StageError(MindError):
+    """A stage ran in a process of its own and failed; `exit_code` is that process's."""
+
+    def __init__(self, found: str, *, wanted: str = "", do: str = "", exit_code: int = EXIT_FAILED) -> None:
+        super().__init__(found, wanted=wanted, do=do)
+        self.exit_code = exit_code
+
+
+class PassingError(MindError):
+    exit_code = EXIT_PASSING

@@ -1,0 +1,56 @@
+"""What long work shows: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LOG_SECONDS = 15.0
+"""Without a terminal, a line at most this often: a log file stays readable."""
+
+console = Console(stderr=True, highlight=False)
+
+
+class Bar:
+    """Counts done units of work; `note` is the text behind the numbers (loss, cost, ...)."""
+
+    def __init__(self, label: str, total: int, unit: str, progress: Progress | None) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = self.resumed = 0
+        self.started = self.said = time.monotonic()
+        self._progress = progress
+        self._task = progress.add_task(label, total=total, note="") if progress else None
+
+    def resume(self, done: int) -> None:
+        """`done` units were finished by an earlier process: counted, but not in the rate."""
+        self.resumed = done
+        self.advance(done)
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        self.done += units
+        text = f"{self.rate():.3g} {self.unit}/s  {note}".rstrip()
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=self.done, note=text)
+        elif time.monotonic() - self.said >= LOG_SECONDS:
+            self.said = time.monotonic()
+            left = (self.total - self.done) / max(self.rate(), 1e-9)
+            print(f"{self.label}: {self.done}/{self.total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def rate(self) -> float:
+        return (self.done - self.resumed) / max(time.monotonic() - self.started, 1e-9)
+
+
+@contextmanager
+def bar(label: str, total: int, unit: str = "it") -> Iterator[Bar]:
+    """Show progress of `total` units while the block runs."""
+    if not console.is_terminal:
+        yield Bar(label, total, unit, None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=False) as progress:
+        yield Bar(label, total, unit, progress)

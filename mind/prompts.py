@@ -1,0 +1,32 @@
+"""What the student is asked, in training and in evaluation: one wording for each kind of answer.
+
+Training and evaluation must use the same text, id for id; both call `student_ids` and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mind.records import Kind
+
+INSTRUCTIONS: dict[Kind, str] = {
+    "number": "Think step by step. End with the line: The answer is <number>.",
+    "math": "Think step by step. End with the line: The answer is <expression>.",
+    "choice": "Think step by step. End with the line: The answer is <letter>.",
+    "yesno": "Think step by step. End with the line: The answer is <yes or no>.",
+}
+
+
+def student_prompt(question: str, kind: Kind = "number", choices: Sequence[str] = ()) -> str:
+    """The user turn: the question, its lettered options, and how to end."""
+    options = [f"{chr(ord('A') + i)}) {text}" for i, text in enumerate(choices)]
+    return "\n".join([question, *options, INSTRUCTIONS[kind]])
+
+
+def student_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids up to where the student's answer begins, through the model's own chat template where it has one."""
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(f"Question: {prompt}\nAnswer: ")["input_ids"])
