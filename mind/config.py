@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import difflib
 import io
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
@@ -100,6 +111,8 @@ class Snapshot(Settings):
 
 
 class Lora(Settings):
+    """Low-rank adapters (PEFT) on the linear layers that `targets` names."""
+
     r: PositiveInt = 16
     alpha: PositiveFloat = 32
     dropout: Fraction = 0.0
@@ -117,7 +130,10 @@ class Student(Settings):
 
 
 class Training(Settings):
-    """The one training loop that all methods share."""
+    """The one training loop that all methods share.
+
+    A step = `questions_per_step` x `accumulation` questions; `max_tokens` bounds a prompt with one of its views.
+    """
 
     epochs: PositiveInt = 1
     learning_rate: PositiveFloat = 3e-4
@@ -132,6 +148,7 @@ class Training(Settings):
     layout: Literal["packed", "padded"] = "packed"
     gradient_checkpointing: bool = False
     checkpoint_steps: PositiveInt = 50
+    log_steps: PositiveInt = 5  # a row of the history is the mean over so many steps
 
 
 class Base(Settings):
@@ -141,14 +158,21 @@ class Base(Settings):
 
 
 class MetaNetOptions(Settings):
-    """MetaNet, the teaching assistant (method, sections 2 and 3)."""
+    """MetaNet, the teaching assistant (method, sections 2 and 3). Its lag behind the student: a smaller rate, a longer accumulation."""
 
     width: PositiveInt = 128
     heads: PositiveInt = 4
     features: Literal["student"] = "student"
-    learning_rate: PositiveFloat = 1e-3
-    accumulation: PositiveInt = 4
-    warmup_epochs: int = Field(default=3, ge=0)
+    learning_rate: PositiveFloat = 1e-4
+    accumulation: PositiveInt = 4  # student steps to one MetaNet step
+    warmup_epochs: int = Field(default=10, ge=0)  # over the untouched student's losses
+    warmup_learning_rate: PositiveFloat = 1e-3
+
+    @model_validator(mode="after")
+    def _divides(self) -> MetaNetOptions:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} cannot be split over {self.heads} heads; wanted a multiple")
+        return self
 
 
 class Mind(Settings):
@@ -161,6 +185,7 @@ class Mind(Settings):
     beta: Fraction = 0.8  # keep views with s_k >= beta * max(s); 0 = no selection
     consistency: NonNegativeFloat = 0.1  # lambda
     self_attention: bool = True
+    refresh: PositiveInt = 1  # all views of a question are run at every R-th visit, only the selected ones between; 1 = the paper
     metanet: MetaNetOptions = MetaNetOptions()
 
 
@@ -217,10 +242,19 @@ class Run(Settings):
 
 
 class Tracking(Settings):
-    """Where MLflow keeps the runs; a relative SQLite path counts from the workspace."""
+    """Where MLflow keeps the runs: a SQLite file (a relative path counts from the workspace; artifacts lie beside it) or a server."""
 
     uri: str = "sqlite:///mlflow/mlflow.db"
-    experiment: str = "mind"
+    experiment: str = Field(default="mind", min_length=1, max_length=500)
+
+    @field_validator("uri")
+    @classmethod
+    def _store(cls, uri: str) -> str:
+        if "@" in uri.partition("://")[2].partition("/")[0]:  # this file and every run's parameters would show them
+            raise ValueError("holds credentials; wanted them in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        if not re.match(r"sqlite:///[^?]+$|https?://[^/]", uri):
+            raise ValueError("wanted sqlite:///PATH or http(s)://SERVER (other databases stand behind a server)")
+        return uri
 
 
 class Config(Settings):
@@ -245,7 +279,9 @@ class Config(Settings):
             ConfigError: no variant of that name.
         """
         if name not in self.variants:
-            raise ConfigError(f"unknown variant '{name}'", wanted=f"one of {', '.join(self.variants)}", do="add it under 'variants:' in params.yaml")
+            raise ConfigError(
+                f"unknown variant '{name}'", wanted=f"one of {', '.join(self.variants)}", do="add it under 'variants:' in params.yaml"
+            )
         own = self.variants[name]
         return Resolved(
             name=name,
@@ -284,13 +320,26 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
     Raises:
         ConfigError: an item without '=' or with an empty key.
     """
-    nested: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for item in items:
         path, equals, text = item.partition("=")
-        keys = path.strip().split(".")
-        if not equals or not all(keys):
+        if not equals:
             raise ConfigError(f"--set {item}", wanted="--set stage.key=value, for instance --set training.epochs=2")
-        value: Any = YAML(typ="safe").load(text) if text else None
+        flat[path.strip()] = YAML(typ="safe").load(text) if text else None
+    return nest(flat)
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`{'training.epochs': 2}` -> `{'training': {'epochs': 2}}`; values may be groups themselves.
+
+    Raises:
+        ConfigError: an empty key.
+    """
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        keys = path.split(".")
+        if not all(keys):
+            raise ConfigError(f"setting '{path}'", wanted="stage.key, for instance training.epochs")
         for key in reversed(keys):
             value = {key: value}
         nested = merge(nested, value)
@@ -352,10 +401,15 @@ def dump_yaml(config: BaseModel) -> str:
     data = config.model_dump(mode="json")
     if "variants" in data:
         data["variants"] = {name: _flatten_method(v) for name, v in data["variants"].items()}
+    return dump_raw(data)
+
+
+def dump_raw(data: Mapping[str, Any]) -> str:
+    """A mapping of settings as YAML text."""
     out = io.StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
-    yaml.dump(data, out)
+    yaml.dump(dict(data), out)
     return out.getvalue()
 
 

@@ -14,6 +14,12 @@ A message says what was found, what was wanted and what to do.
 
 from __future__ import annotations
 
+import errno
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_PASSING = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
@@ -70,3 +76,36 @@ class StageError(MindError):
 
 class PassingError(MindError):
     exit_code = EXIT_PASSING
+
+
+@contextmanager
+def exit_on_error(debug: bool = False, passing: int = EXIT_FAILED) -> Iterator[None]:
+    """The last resort of every command: an error becomes a message on stderr and an exit code, without a traceback.
+
+    With `debug` the traceback is shown. Ctrl-C leaves with 130, as shells expect. `passing` is the code of what may pass by
+    itself: a person sees 1, while a stage's process says 75 so that its orchestrator tries again.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on where it was", file=sys.stderr)
+        sys.exit(130)
+    except (MindError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        elif isinstance(error, MindError):
+            print(f"error: {error}", file=sys.stderr)
+        elif error.errno == errno.ENOSPC:
+            print("error: no space left on the disk\n  to do:  free some and run again: finished work is kept", file=sys.stderr)
+        else:
+            place = f"{error.filename}: " if error.filename else ""
+            print(f"error: {place}{error.strerror or error}\n  to do:  run again with --debug to see where", file=sys.stderr)
+        code = error.exit_code if isinstance(error, MindError) else EXIT_FAILED
+        sys.exit(passing if code == EXIT_PASSING else code)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            what = f"{type(error).__name__}: {error}"
+            print(f"error: {what}\n  This is a fault in mind. To do: run again with --debug and report what it shows.", file=sys.stderr)
+        sys.exit(EXIT_FAILED)

@@ -1,0 +1,201 @@
+"""`mind`: the commands of a person at a terminal. Each one calls a stage through DVC, or the Prefect flow that chains them.
+
+Nothing heavy is imported before a command needs it: `mind --help` answers in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from mind import __version__
+from mind.errors import exit_on_error
+from mind.workspace import Workspace
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting in place of the one in params.yaml, e.g. training.epochs=2.")
+force_option = click.option("--force", is_flag=True, help="Run even where nothing has changed.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+
+
+def guarded(command: F) -> F:
+    """Turns errors into messages and exit codes: 0 done, 1 failed, 2 bad usage or settings."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with exit_on_error(debug=bool(os.environ.get("MIND_DEBUG"))):
+            command(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mind")
+@click.option("-C", "--workspace", "folder", type=click.Path(path_type=Path, file_okay=False), help="Work there instead of in the current folder.")
+@click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages.")
+def main(folder: Path | None, debug: bool) -> None:
+    """Distil a teacher's reasoning, from eight perspectives, into a small student.
+
+    \b
+    mind run          the whole line: synthesize, snapshot, distill, evaluate, compare
+    mind init DIR     a workspace of your own: your questions, teacher and student
+    """
+    if debug:
+        os.environ["MIND_DEBUG"] = "1"
+    with exit_on_error(debug):
+        if folder is not None:
+            os.chdir(folder)
+
+
+@main.command()
+@set_option
+@force_option
+@click.option("--variants", metavar="A,B,...", help="Which variants, in place of run.variants.")
+@guarded
+def run(overrides: tuple[str, ...], force: bool, variants: str | None) -> None:
+    """Bring the whole line up to date and compare the variants."""
+    from mind import doors
+
+    names = [name.strip() for name in variants.split(",") if name.strip()] if variants else None
+    doors.run(_workspace(overrides, names), force=force)
+
+
+@main.command()
+@set_option
+@force_option
+@click.option("--dry-run", is_flag=True, help="Say how many calls, tokens and how much money it would cost, and ask nothing.")
+@guarded
+def synthesize(overrides: tuple[str, ...], force: bool, dry_run: bool) -> None:
+    """Ask the teacher for rationales from eight perspectives; judge them."""
+    workspace = _workspace(overrides)
+    if dry_run:
+        from mind.config import load_config
+        from mind.stages import synthesize as stage
+
+        click.echo(stage.dry_run(load_config(workspace.params), workspace))
+        return
+    _stage(workspace, "synthesize", force)
+
+
+@main.command()
+@set_option
+@force_option
+@guarded
+def snapshot(overrides: tuple[str, ...], force: bool) -> None:
+    """Make the dataset from the accepted rationales."""
+    _stage(_workspace(overrides), "snapshot", force)
+
+
+@main.command()
+@click.option("--variant", required=True, help="Which of run.variants.")
+@set_option
+@force_option
+@guarded
+def distill(variant: str, overrides: tuple[str, ...], force: bool) -> None:
+    """Train the student of one variant."""
+    _stage(_workspace(overrides), "distill", force, variant)
+
+
+@main.command()
+@click.option("--variant", required=True, help="Which of run.variants.")
+@set_option
+@force_option
+@guarded
+def evaluate(variant: str, overrides: tuple[str, ...], force: bool) -> None:
+    """Measure the student of one variant."""
+    _stage(_workspace(overrides), "evaluate", force, variant)
+
+
+@main.command()
+@set_option
+@click.option("--variants", metavar="A,B,...", help="Which ones; default: all that have a report.")
+@click.option("--reference", help="What the others are tested against; default: run.reference.")
+@json_option
+@click.option("--markdown", "form", flag_value="markdown", help="A Markdown table.")
+@click.option("--latex", "form", flag_value="latex", help="A LaTeX table.")
+@guarded
+def compare(overrides: tuple[str, ...], variants: str | None, reference: str | None, as_json: bool, form: str | None) -> None:
+    """Table of variants x benchmarks with 95 % intervals and paired differences."""
+    from mind import comparison
+    from mind.config import load_config
+
+    workspace = _workspace(overrides)
+    names = [name.strip() for name in variants.split(",")] if variants else None
+    result = comparison.compare(workspace, load_config(workspace.params), names, reference)
+    comparison.show(result, "json" if as_json else form or "console")
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8765, show_default=True, help="0 picks a free one.")
+@click.option("--latency", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="Wait before each answer.")
+@click.option("--fail-rate", type=click.FloatRange(0, 1), default=0.0, help="Share of requests answered with a 500.")
+@click.option("--wrong-rate", type=click.FloatRange(0, 1), default=0.0, help="Share of replies that are a recorded mistake.")
+@click.option("--max-in-flight", type=click.IntRange(min=1), default=None, help="Requests above it get a 429.")
+@guarded
+def teacher(host: str, port: int, latency: float, fail_rate: float, wrong_rate: float, max_in_flight: int | None) -> None:
+    """Serve the recorded rationales over the OpenAI protocol, on this machine."""
+    from mind.teacher import server
+
+    server.serve(host, port, latency=latency, fail_rate=fail_rate, wrong_rate=wrong_rate, max_in_flight=max_in_flight)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--questions", type=click.Path(path_type=Path, dir_okay=False), help="Your questions: JSON Lines with id, question, answer.")
+@click.option("--teacher", "base_url", metavar="URL", help="An OpenAI-compatible endpoint, e.g. https://api.openai.com/v1.")
+@click.option("--model", help="The teacher's model name at that endpoint.")
+@click.option("--student", help="A hub id or a local folder.")
+@guarded
+def init(folder: Path, questions: Path | None, base_url: str | None, model: str | None, student: str | None) -> None:
+    """Make a workspace in FOLDER."""
+    from mind import initialise
+
+    initialise.make(folder, questions=questions, base_url=base_url, model=model, student=student)
+
+
+@main.command()
+@set_option
+@guarded
+def doctor(overrides: tuple[str, ...]) -> None:
+    """Check teacher, student, tracking, DVC and devices, and say how to mend each."""
+    from mind import doctor as checkup
+    from mind.config import load_config
+
+    workspace = _workspace(overrides)
+    if not checkup.report(load_config(workspace.params), workspace):
+        raise SystemExit(1)
+
+
+def _workspace(overrides: tuple[str, ...], variants: list[str] | None = None) -> Workspace:
+    """The workspace of the current folder, or the one derived from it by `--set`; its settings are checked at once."""
+    from mind.config import load_config, nest, parse_overrides
+
+    workspace = Workspace.find()
+    changed = parse_overrides(overrides)
+    if variants:
+        changed = {**changed, **nest({"run.variants": variants})}
+    if not changed:
+        load_config(workspace.params)
+        return workspace
+    from mind import versioning
+
+    derived = versioning.derive(workspace, changed)
+    click.echo(f"workspace of these settings: {derived.root.relative_to(workspace.home)}", err=True)
+    return derived
+
+
+def _stage(workspace: Workspace, stage: str, force: bool, variant: str | None = None) -> None:
+    from mind import doors
+
+    doors.stage(workspace, stage, variant, force=force)
+
+
+if __name__ == "__main__":
+    main()

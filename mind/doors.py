@@ -1,0 +1,93 @@
+"""Between the commands and the work: runs the flow in this process, quietly, and says how it went. Called by the CLI only."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.markup import escape
+
+from mind import versioning
+from mind.config import Config, load_config
+from mind.errors import ConfigError
+from mind.progress import console
+from mind.workspace import Workspace
+
+
+def run(workspace: Workspace, *, force: bool = False) -> None:
+    """The whole line through the Prefect flow `mind`, then the comparison of its variants.
+
+    Raises:
+        StageError: a stage failed.
+    """
+    started = time.monotonic()
+    config = load_config(workspace.params)
+    with quiet_prefect(workspace):
+        from flows.main import mind
+
+        states = mind(workspace.root, force=force)
+    worked = sum(state == "ran" for state in states.values())
+    console.print(f"\n{len(states)} stages: {worked} ran, {len(states) - worked} cached, {time.monotonic() - started:.0f} s\n")
+    summary(workspace, config)
+
+
+def summary(workspace: Workspace, config: Config) -> None:
+    """What came out: the table, the picture, the dataset version, and where to look further."""
+    from mind import comparison, tracking
+
+    comparison.show(comparison.compare(workspace, config, list(config.run.variants)), "console")
+    console.print(f"dataset   {versioning.version_of(workspace.dataset)}")
+    pictures = sorted(p.relative_to(workspace.root).as_posix() for p in workspace.root.glob("reports/*/*.png"))
+    console.print(f"pictures  {escape(', '.join(pictures))}")
+    console.print(f"runs      {escape(tracking.ui_hint(workspace, config.tracking))}")
+
+
+def stage(workspace: Workspace, name: str, variant: str | None = None, *, force: bool = False) -> None:
+    """One stage, with whatever before it is out of date.
+
+    Raises:
+        ConfigError: a variant that is defined but not among run.variants.
+        StageError: a stage failed.
+    """
+    config = load_config(workspace.params)
+    if variant is not None:
+        config.variant(variant)
+        if variant not in config.run.variants:
+            chosen = ", ".join([*config.run.variants, variant])
+            raise ConfigError(f"variant '{variant}' is not among run.variants", do=f"add it in params.yaml, or give --set 'run.variants=[{chosen}]'")
+    versioning.ensure_data(workspace)
+    for target in _up_to(name, variant):
+        last = target.partition("@")[0] == name
+        outcome = versioning.bring_up_to_date(workspace, target, force=force and last)
+        if outcome.cached:
+            console.print(f"{target}: {outcome.state}")
+
+
+def _up_to(name: str, variant: str | None) -> list[str]:
+    """The stage and those it reads from, in order."""
+    line = ["synthesize", "snapshot", f"distill@{variant}", f"evaluate@{variant}"]
+    names = [target.partition("@")[0] for target in line]
+    return line[: names.index(name) + 1]
+
+
+@contextmanager
+def quiet_prefect(workspace: Workspace) -> Iterator[None]:
+    """Prefect in this process, offline and silent; a server that the user has named is used instead of a temporary one."""
+    values = {
+        "DO_NOT_TRACK": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_LOGGING_LEVEL": "INFO" if os.environ.get("MIND_DEBUG") else "CRITICAL",
+        "PREFECT_LOGGING_TO_API_ENABLED": "false",
+    }
+    if not any(name in os.environ for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE")):
+        values["PREFECT_HOME"] = str(workspace.home / ".prefect")
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    # joining the heartbeat thread costs every flow run a second, and nobody watches a run in this process
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield

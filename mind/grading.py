@@ -1,0 +1,378 @@
+"""Answer text -> extracted answer -> right or wrong. The one grader of the teacher's judge and of the evaluation.
+
+What is read, in this order:
+1. the last explicit statement in the text: "The answer is X", "Answer: X", `\\boxed{X}` or `#### X`;
+2. without one, what the text ends on: its last number; the last expression; the option that the last line names; the last
+   sentence that says nothing but "yes" or "no".
+
+An answer that names several candidates ("5 or 6", "A and C", "yes or no") is no answer. Numbers are digits: "a dozen" is left
+wrong on purpose, because a grader that guesses at words cannot be checked. Currency, percent signs and units are passed over, so
+50 % equals 50 and not 0.5. Nothing here takes longer than `MATH_SECONDS` for an answer, or raises for any text.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import re
+import string
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+
+from mind.records import Kind
+
+MATH_SECONDS = 5.0
+"""The longest that two symbolic answers are compared; beyond it the answer counts as wrong."""
+
+READ_CHARACTERS = 20_000
+"""Only the end of a longer text is read: answers stand there, and every pattern below stays fast."""
+
+MATH_CHARACTERS = 400
+"""A symbolic answer longer than this is prose; it is not handed to the parser."""
+
+NO_ANSWER, WRONG, TOO_SLOW = "no answer", "wrong answer", "too slow to compare"
+"""The reasons of a `Grade` that is not correct."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """`answer` as extracted (None: nothing gradable was found); `reason` is empty when correct."""
+
+    correct: bool
+    answer: str | None
+    reason: str = ""
+
+
+def grade(text: str, gold: str, kind: Kind = "number", choices: Sequence[str] = ()) -> Grade:
+    """Compare the answer that `text` arrives at with `gold`. Never raises for any `text`."""
+    answer = extract(text, kind, choices)
+    if answer is None:
+        return Grade(False, None, NO_ANSWER)
+    same = _EQUAL[kind](answer, gold)
+    if same is None:
+        return Grade(False, answer, TOO_SLOW)
+    return Grade(same, answer, "" if same else WRONG)
+
+
+def extract(text: str, kind: Kind = "number", choices: Sequence[str] = ()) -> str | None:
+    """The answer that `text` arrives at: a plain number, an option letter, yes / no, or an expression as written."""
+    text = _plain(text)
+    statement = _last_statement(text)
+    if kind == "number":
+        return _stated_number(statement) if statement is not None else _last_number(text)
+    if kind == "choice":
+        return _option(statement if statement is not None else _last_line(text), choices)
+    if kind == "yesno":
+        return _stated_yesno(statement) if statement is not None else _last_yesno(text)
+    return _expression(statement) if statement is not None else _last_expression(text)
+
+
+def check_gold(answer: str, kind: Kind = "number", choices: Sequence[str] = ()) -> str | None:
+    """Why `answer` cannot serve as the gold answer of a question of this kind; None when it can."""
+    if kind == "number":
+        return None if _gold_number(answer) is not None else f"the answer {answer!r} is not a number"
+    if kind == "yesno":
+        return None if answer.strip().lower() in _YESNO else f"the answer {answer!r} is not 'yes' or 'no'"
+    if kind == "math":
+        return (
+            None
+            if answer.strip() and answer.count("{") == answer.count("}")
+            else f"the answer {answer!r} is empty or has unbalanced braces"
+        )
+    if not 2 <= len(choices) <= len(string.ascii_uppercase):
+        return f"{len(choices)} options; wanted 2 to {len(string.ascii_uppercase)}"
+    letters = string.ascii_uppercase[: len(choices)]
+    return None if len(answer) == 1 and answer in letters else f"the answer {answer!r} is not one of the letters {', '.join(letters)}"
+
+
+def split_answer_line(text: str) -> tuple[str, str | None]:
+    """`text` without a final "The answer is X.", and X (None when its last line does not hold that sentence)."""
+    head, newline, line = text.strip().rpartition("\n")
+    sentences = list(_FINAL_LINE.finditer(line))
+    if not sentences:
+        return head + newline + line, None
+    last = sentences[-1]
+    body = head + newline + line[: last.start("sentence")]
+    answer = line[last.end() :].strip("*_ ").removesuffix(".").rstrip("*_ ")
+    return body.rstrip(), answer or None
+
+
+# ------------------------------------------------------- where the answer stands
+
+_FINAL_LINE = re.compile(r"(?:^|[.!?:;)]\s)\s*(?P<sentence>[*_#>\s]{0,6}the (?:final |correct )?answer is:?)", re.IGNORECASE)
+_STATEMENT = re.compile(r"\banswer[*_]*\s?(?:is\b|:|=)[*_]*:?(?!\s*not\b)\s*|####[ \t]*|\\boxed\s*\{", re.IGNORECASE)
+_SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u00a0": " ", "\u202f": " ", "\u2019": "'"})  # minus, dash, hard spaces, apostrophe
+
+
+def _plain(text: str) -> str:
+    return text[-READ_CHARACTERS:].translate(_SIGNS).strip()
+
+
+def _last_statement(text: str) -> str | None:
+    """What the last explicit statement says: the rest of its line, or the content of its box."""
+    statements = list(_STATEMENT.finditer(text))
+    if not statements:
+        return None
+    last = statements[-1]
+    if last[0].endswith("{"):
+        return _braced(text, last.end())
+    return text[last.end() :].split("\n", 1)[0].strip()
+
+
+def _braced(text: str, start: int) -> str:
+    """From `start`, just after an opening brace, to the brace that closes it (or to the end of the text)."""
+    depth = 1
+    for place in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[start:place]
+    return text[start:]
+
+
+def _last_line(text: str) -> str:
+    return text.rsplit("\n", 1)[-1]
+
+
+# ------------------------------------------------------------------------ numbers
+
+_NUMBER = re.compile(
+    r"(?<![\w.])-?(?:(?P<mixed>\d+) (?=\d+/\d))?(?P<head>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:/(?P<under>\d+)|(?P<power>[eE][+-]?\d{1,2})(?!\w))?"
+)
+_DRESS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[,!; ]|\\?[$%]|[£€₹¥]")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+_UNIT = re.compile(r"[\s.]*(?:[^\W\d][^\d]*)?")
+_ANOTHER = re.compile(r"[\s*]*(?:[A-Za-z]+\.?\s+)?(?:,?\s*\b(?:or|and|to)\b|[-,;/~])[\s*]*(?:maybe |perhaps )?")
+_NEAR = 40  # characters: what stands farther off is no rival
+_DIGITS = 60  # a longer run of digits is noise, and costs quadratic time to read as a number
+
+
+def _undressed(text: str) -> str:
+    """Without currency, percent signs and LaTeX dress: $1{,}234$ -> 1,234 and \\frac{3}{4} -> 3/4."""
+    return _DRESS.sub("", _FRACTION.sub(r"\1/\2", text.replace("{,}", ",")))
+
+
+def _fraction(found: re.Match[str]) -> Fraction | None:
+    under, mixed, head = found["under"], found["mixed"], found["head"].replace(",", "")
+    if max(len(part) for part in (head, under or "", mixed or "")) > _DIGITS or (under is not None and int(under) == 0):
+        return None
+    value = Fraction(head + (found["power"] or "")) / int(under or 1) + int(mixed or 0)
+    return -value if found[0].startswith("-") else value
+
+
+def _written(value: Fraction | None) -> str | None:
+    """27, 0.5 or 1/3: one spelling for each number."""
+    if value is None or value.denominator == 1:
+        return None if value is None else str(value.numerator)
+    places = next((n for n in range(_DIGITS) if (value * 10**n).denominator == 1), None)
+    if places is None:
+        return f"{value.numerator}/{value.denominator}"
+    digits = str(abs(value * 10**places)).zfill(places + 1)
+    return f"{'-' if value < 0 else ''}{digits[:-places]}.{digits[-places:]}"
+
+
+def _stated_number(statement: str) -> str | None:
+    """The first number after the last "=", unless another candidate stands right beside it."""
+    text = _undressed(statement.rsplit("=", 1)[-1])
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers:
+        return None
+    value = _fraction(numbers[0])
+    for before, after in pairwise(numbers):
+        if after.start() - before.end() > _NEAR or not _ANOTHER.fullmatch(text, before.end(), after.start()):
+            break
+        if _fraction(after) != value:
+            return None
+    return _written(value)
+
+
+def _last_number(text: str) -> str | None:
+    numbers = list(_NUMBER.finditer(_undressed(text)))
+    return _written(_fraction(numbers[-1])) if numbers else None
+
+
+def _gold_number(text: str) -> str | None:
+    """The number that `text` consists of, with nothing but a unit after it."""
+    text = _undressed(_plain(text)).strip()
+    found = _NUMBER.match(text)
+    return _written(_fraction(found)) if found and _UNIT.fullmatch(text, found.end()) else None
+
+
+# ------------------------------------------------------------------------ options
+
+_LEADING = re.compile(r"^(?:option |choice )?[(\[]?(?P<letter>[A-Za-z])(?:[)\].:]+(?:\s+(?P<rest>.*))?|\s*)$", re.IGNORECASE)
+_LETTER = re.compile(r"(?<![A-Za-z'])(?:\(([A-Za-z])\)|([A-Z])(?![A-Za-z'-]))")
+_ARTICLE = re.compile(r"A (?!because\b|since\b|as\b|for\b|and\b|or\b|is\b)[a-z]")
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def _option(statement: str, choices: Sequence[str]) -> str | None:
+    """The letter of the one option that `statement` names, by letter or by its text; the letter wins over the text."""
+    bare = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", statement).strip(" *_$`\"'.")
+    letters = string.ascii_uppercase[: len(choices)] or string.ascii_uppercase
+    options = {letter: _words(text) for letter, text in zip(letters, choices, strict=False)}
+    exact = [letter for letter, text in options.items() if text and text == _words(bare)]
+    if len(exact) == 1:
+        return exact[0]
+    leading = _LEADING.match(bare)
+    if leading and leading["letter"].upper() in letters:
+        letter = leading["letter"].upper()
+        if not leading["rest"] or _words(leading["rest"]) == options.get(letter):
+            return letter
+    articles = {found.start() for found in _ARTICLE.finditer(bare)}
+    named = {(found[1] or found[2]).upper() for found in _LETTER.finditer(bare) if found.start() not in articles} & set(letters)
+    if named:
+        return named.pop() if len(named) == 1 else None
+    return _by_text(_words(bare), options)
+
+
+def _by_text(words: str, options: dict[str, str]) -> str | None:
+    """The one option whose words stand in `words`; "bank account" is not also "bank"."""
+    found = {letter: text for letter, text in options.items() if text and f" {text} " in f" {words} "}
+    longest = [
+        letter for letter, text in found.items() if not any(text != other and f" {text} " in f" {other} " for other in found.values())
+    ]
+    return longest[0] if len(longest) == 1 else None
+
+
+# ------------------------------------------------------------------------- yes / no
+
+_YESNO = {"yes": "yes", "no": "no", "true": "yes", "false": "no"}
+_LEADS = re.compile(r"^\W*(yes|no|true|false)\b(?!\W*(?:or|and|/)\W*(?:yes|no|true|false)\b)", re.IGNORECASE)
+_VERDICT = re.compile(
+    r"(?:^|[\n.!?:;,]|\bso\b|\btherefore\b)[\s*_\"'(]{0,8}\b(yes|no|true|false)\b(?=[\s*_\"')]{0,8}(?:[.,!;:\n]|$))", re.IGNORECASE
+)
+
+
+def _stated_yesno(statement: str) -> str | None:
+    leads = _LEADS.match(statement)
+    if leads:
+        return _YESNO[leads[1].lower()]
+    named = {_YESNO[word] for word in re.findall(r"\b(?:yes|no|true|false)\b", statement.lower())}
+    return named.pop() if len(named) == 1 else None
+
+
+def _last_yesno(text: str) -> str | None:
+    verdicts = _VERDICT.findall(text)
+    return _YESNO[verdicts[-1].lower()] if verdicts else None
+
+
+def _same_yesno(answer: str, gold: str) -> bool:
+    return answer == _YESNO.get(gold.strip().lower())
+
+
+# ---------------------------------------------------------------------- expressions
+
+_FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.DOTALL)
+
+
+def _expression(statement: str) -> str | None:
+    """The expression that a statement gives: its only formula, else the statement without its full stop."""
+    text = statement.strip().strip("*").strip()
+    formulas = _FORMULA.findall(text)
+    if len(formulas) == 1:
+        text = next(part for part in formulas[0] if part)
+    text = text.strip().removesuffix(".").strip()
+    return text if 0 < len(text) <= MATH_CHARACTERS else None
+
+
+def _last_expression(text: str) -> str | None:
+    formulas = _FORMULA.findall(text)
+    last = _last_line(text)
+    if formulas:
+        return _expression(next(part for part in formulas[-1] if part).rsplit("=", 1)[-1])
+    return _expression(last.rsplit("=", 1)[-1]) if "=" in last else _last_number(text)
+
+
+def _tight(latex: str) -> str:
+    return re.sub(r"\\left|\\right|\\[,!; ]|[\s$]", "", latex.replace("dfrac", "frac").replace("tfrac", "frac"))
+
+
+def _same_expression(answer: str, gold: str) -> bool | None:
+    """By spelling, else by math-verify in a process of its own; None when that ran out of time."""
+    if _tight(answer) == _tight(gold):
+        return True
+    return _math.equal(gold, answer, MATH_SECONDS)
+
+
+class _MathProcess:
+    """math-verify behind a pipe.
+
+    Its own time limit is an alarm signal, which works in the main thread only and cannot interrupt a long integer power; a
+    process can always be killed. It is started by the first symbolic answer and serves until this process ends.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def equal(self, gold: str, answer: str, seconds: float) -> bool | None:
+        with self._lock:
+            process = self._started()
+            reply = self._ask(process, json.dumps([gold, answer]), seconds)
+            if not reply:
+                self._stop()
+            return json.loads(reply) if reply else None
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            command = [sys.executable, "-c", "from mind.grading import serve_math; serve_math()"]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self._ask(self._process, json.dumps(["1", "1"]), seconds=120)  # the imports are not on the answer's time
+        return self._process
+
+    @staticmethod
+    def _ask(process: subprocess.Popen[str], line: str, seconds: float) -> str:
+        assert process.stdin and process.stdout
+        alarm = threading.Timer(seconds, process.kill)
+        alarm.start()
+        try:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            return process.stdout.readline()
+        except OSError:  # it died while we wrote
+            return ""
+        finally:
+            alarm.cancel()
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+_math = _MathProcess()
+atexit.register(_math._stop)
+
+
+def serve_math() -> None:
+    """The other end of `_MathProcess`: a JSON pair [gold, answer] a line in, true or false a line out."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    def read(expression: str) -> list[object]:
+        return parse(f"${expression}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
+
+    for line in sys.stdin:
+        gold, answer = json.loads(line)
+        try:
+            same = bool(verify(read(gold), read(answer), timeout_seconds=None))
+        except Exception:  # sympy raises of every kind on what is no expression: not equal, then
+            same = False
+        print(json.dumps(same), flush=True)
+
+
+_EQUAL: dict[Kind, Callable[[str, str], bool | None]] = {
+    "number": lambda answer, gold: answer == _gold_number(gold),
+    "choice": lambda answer, gold: answer == gold.strip().upper(),
+    "yesno": _same_yesno,
+    "math": _same_expression,
+}

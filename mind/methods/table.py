@@ -1,0 +1,25 @@
+"""Name of a method -> its class, imported when it is asked for. A new method: one file, one options class in config, one line here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from mind.methods.base import Method, Setup
+
+CLASSES = {
+    "mind": "mind.methods.mind:Mind",
+    "without_fusion": "mind.methods.without_fusion:WithoutFusion",
+    "single": "mind.methods.single:Single",
+}
+"""`base` is not here: it trains nothing."""
+
+
+def method_class(name: str) -> type[Method]:
+    module, _, attribute = CLASSES[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def build(options: Any, setup: Setup) -> Method:
+    """The method that `options.method` names."""
+    return method_class(options.method)(options, setup)

@@ -1,0 +1,39 @@
+"""`python -m mind.stages STAGE [--variant V]`: one stage, in the workspace of the current folder. This is what dvc.yaml runs.
+
+A person uses `mind STAGE`, which goes through DVC and so runs only what is not up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from pathlib import Path
+
+from mind.config import load_config
+from mind.errors import EXIT_PASSING, exit_on_error
+from mind.workspace import Workspace
+
+STAGES = {"synthesize": False, "snapshot": False, "distill": True, "evaluate": True}
+"""Stage -> whether it runs once a variant."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mind.stages", description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--variant", help="for distill and evaluate")
+    args = parser.parse_args()
+    if STAGES[args.stage] != (args.variant is not None):
+        parser.error(f"{args.stage} {'needs' if STAGES[args.stage] else 'takes no'} --variant")
+    if trace := os.environ.get("MIND_STAGE_RAN"):  # the door that called wants to know whether anything had to run
+        Path(trace).touch()
+    with exit_on_error(debug=bool(os.environ.get("MIND_DEBUG")), passing=EXIT_PASSING):
+        workspace = Workspace.find()
+        config = load_config(workspace.params)
+        if args.variant is not None:
+            config.variant(args.variant)
+        importlib.import_module(f"mind.stages.{args.stage}").run(config, workspace, args.variant)
+
+
+if __name__ == "__main__":
+    main()

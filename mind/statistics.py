@@ -1,0 +1,178 @@
+"""Right and wrong answers -> intervals and tests that say how far chance reaches. Called by evaluate and `mind compare`.
+
+Everything counts questions: an accuracy is a share of questions, a comparison is made on the same questions (paired), an
+average gives each benchmark the same weight. No function here knows a model or a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+LEVEL = 0.95
+DRAWS = 10_000
+
+
+class Interval(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Variant minus reference on the same questions, in shares of questions (0.1 = ten points).
+
+    `gained` counts what only the variant has right, `lost` what only the reference has right (forgetting).
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float  # two-sided: how often chance alone makes a difference this large
+    gained: int
+    lost: int
+    n: int
+
+
+def wilson(correct: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (1927); of nothing, the whole of [0, 1]."""
+    if not 0 <= correct <= n:
+        raise ValueError(f"{correct} right of {n}: wanted 0 <= correct <= n")
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    p = correct / n
+    center = p + z * z / (2 * n)
+    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # the ends are exact at 0 and n; rounding must not push them past
+    low = 0.0 if correct == 0 else (center - half) / scale
+    high = 1.0 if correct == n else (center + half) / scale
+    return low, high
+
+
+def macro_accuracy(counts: Sequence[tuple[int, int]], level: float = LEVEL) -> Interval:
+    """Mean accuracy over benchmarks (correct, n), each of the same weight.
+
+    The Wilson intervals of the benchmarks are combined by variance recovery (MOVER, Zou and Donner 2008): one benchmark keeps
+    its own interval, and an accuracy of 0 or 1 keeps a width, which a bootstrap would lose.
+    """
+    if not counts:
+        raise ValueError("no benchmark to average; wanted at least one (correct, n)")
+    values = [correct / n if n else 0.5 for correct, n in counts]
+    ends = [wilson(correct, n, level) for correct, n in counts]
+    below = sqrt(sum((v - low) ** 2 for v, (low, _) in zip(values, ends, strict=True))) / len(counts)
+    above = sqrt(sum((high - v) ** 2 for v, (_, high) in zip(values, ends, strict=True))) / len(counts)
+    value = sum(values) / len(counts)
+    return Interval(value, max(0.0, value - below), min(1.0, value + above))
+
+
+def paired_difference(variant: ArrayLike, reference: ArrayLike, level: float = LEVEL) -> Difference:
+    """Difference of two accuracies on the same questions.
+
+    Interval: Newcombe's score interval for paired proportions (Statistics in Medicine 17, 1998, method 10). Test: exact McNemar.
+
+    Args:
+        variant, reference: booleans (N,), question by question in the same order.
+    """
+    ours, theirs = _aligned(variant, reference)
+    n = len(ours)
+    both, gained = int(np.sum(ours & theirs)), int(np.sum(ours & ~theirs))
+    lost, neither = int(np.sum(~ours & theirs)), int(np.sum(~ours & ~theirs))
+    if n == 0:
+        return Difference(0.0, -1.0, 1.0, 1.0, 0, 0, 0)
+    p1, p2 = (both + gained) / n, (both + lost) / n
+    (low1, high1), (low2, high2) = wilson(both + gained, n, level), wilson(both + lost, n, level)
+    phi = _correlation(both, gained, lost, neither)
+    below = _distance(p1 - low1, high2 - p2, phi)
+    above = _distance(high1 - p1, p2 - low2, phi)
+    value = (gained - lost) / n
+    return Difference(value, max(-1.0, value - below), min(1.0, value + above), mcnemar(gained, lost), gained, lost, n)
+
+
+def macro_difference(pairs: Sequence[tuple[ArrayLike, ArrayLike]], seed: int = 0, level: float = LEVEL, draws: int = DRAWS) -> Difference:
+    """Difference of two accuracies averaged over benchmarks, each of the same weight.
+
+    Interval: paired bootstrap, stratified by benchmark; half a question is added to each kind of disagreement, since without it
+    two students that disagree on 1 question of 30 get an interval that holds the truth 60 % of the time (docs/latent.md).
+    Test: the two students' answers change places at random, question by question (exact McNemar is this for one benchmark).
+    One benchmark gives `paired_difference`, to the last digit.
+
+    Args:
+        pairs: (variant, reference) a benchmark, booleans (N_b,) each.
+    """
+    if not pairs:
+        raise ValueError("no benchmark to average; wanted at least one pair")
+    if len(pairs) == 1:
+        return paired_difference(*pairs[0], level=level)
+    singles = [paired_difference(*pair, level=level) for pair in pairs]
+    gained, lost = sum(s.gained for s in singles), sum(s.lost for s in singles)
+    value = sum(s.value for s in singles) / len(singles)
+    random = np.random.default_rng(seed)
+    shares = sum(_redrawn(s, random, draws) for s in singles) / len(singles)  # (draws,)
+    low, high = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2])
+    swapped = sum(_swapped(s, random, draws) for s in singles) / len(singles)  # (draws,)
+    extreme = int(np.sum(np.abs(swapped) >= abs(value) - 1e-12))
+    p = (extreme + 1) / (draws + 1) if gained + lost else 1.0
+    return Difference(value, min(float(low), value), max(float(high), value), p, gained, lost, sum(s.n for s in singles))
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided McNemar p: a fair coin for each question that the two do not agree on."""
+    from scipy.special import bdtr  # late: scipy costs a fifth of a second
+
+    return min(1.0, 2 * float(bdtr(min(gained, lost), gained + lost, 0.5))) if gained != lost else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (1979): p values adjusted for having looked at all of them, in the order given."""
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def _aligned(variant: ArrayLike, reference: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    ours, theirs = np.asarray(variant, bool), np.asarray(reference, bool)
+    if ours.shape != theirs.shape or ours.ndim != 1:
+        raise ValueError(f"shapes {ours.shape} and {theirs.shape}: wanted the same questions in the same order")
+    return ours, theirs
+
+
+def _correlation(both: int, gained: int, lost: int, neither: int) -> float:
+    """Phi of the paired table; a positive one is corrected for continuity, as method 10 does. 0 where it is undefined."""
+    margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
+    if margins == 0:
+        return 0.0
+    excess = both * neither - gained * lost
+    half = (both + gained + lost + neither) / 2
+    return (max(excess - half, 0.0) if excess > 0 else excess) / sqrt(margins)
+
+
+def _distance(ours: float, theirs: float, phi: float) -> float:
+    """From the difference to one end of its interval, given both accuracies' distances and their correlation."""
+    return sqrt(max(0.0, ours * ours - 2 * phi * ours * theirs + theirs * theirs))
+
+
+def _redrawn(single: Difference, random: np.random.Generator, draws: int) -> NDArray[np.float64]:
+    """(draws,) differences of one benchmark whose questions are drawn again with replacement."""
+    if single.n == 0:
+        return np.zeros(draws)
+    kinds = np.array([single.gained + 0.5, single.lost + 0.5, single.n - single.gained - single.lost])
+    counts = random.multinomial(single.n, kinds / (single.n + 1), size=draws)  # (draws, 3)
+    return (counts[:, 0] - counts[:, 1]) / single.n
+
+
+def _swapped(single: Difference, random: np.random.Generator, draws: int) -> NDArray[np.float64]:
+    """(draws,) differences of one benchmark when chance decides which student is which on each question."""
+    disagreements = single.gained + single.lost
+    return (2 * random.binomial(disagreements, 0.5, size=draws) - disagreements) / max(single.n, 1)

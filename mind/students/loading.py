@@ -1,0 +1,122 @@
+"""Settings -> a model with its tokenizer, ready to train or to answer. Called by stages.distill and stages.evaluate.
+
+A student is the embedded `smollm2-135m`, a hub id or a local folder. Weights are safetensors only; no code of a repository is ever run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mind import config
+from mind.errors import StudentError
+from mind.outputs import digest_json, digest_path
+from mind.students.embedded import NAME, embedded_student
+
+ADAPTER, MODEL, TOKENIZER = "adapter", "model", "tokenizer"
+"""Sub-folders of students/V."""
+
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+HUB_LEFT_OUT = ["original/*", "onnx/*", "consolidated*"]
+
+
+@dataclass
+class LoadedStudent:
+    """`identity` names the base weights: equal weights, equal identity."""
+
+    model: Any
+    tokenizer: Any
+    identity: str
+
+
+def find_student(settings: config.Student) -> tuple[Path, str]:
+    """The folder of the base weights and their identity, without loading them.
+
+    Raises:
+        StudentError: not installed, not to be had offline, or not a model folder.
+    """
+    if settings.name == NAME:
+        return embedded_student()
+    local = Path(settings.name).expanduser()
+    if local.is_dir():
+        _check_folder(local, settings.name)
+        return local, f"{local.name}@{_digest_weights(local)[:16]}"
+    return _hub_student(settings)
+
+
+def load_student(settings: config.Student, trained: Path | None = None, device: Any = None) -> LoadedStudent:
+    """The base student, or the one that `distill` left in the folder `trained` (its adapter merged into the weights).
+
+    Raises:
+        StudentError: what find_student raises, or files that cannot be read as a model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, identity = find_student(settings)
+    adapter = trained / ADAPTER if trained and (trained / ADAPTER).is_dir() else None
+    weights = trained / MODEL if trained and (trained / MODEL).is_dir() else folder
+    names = trained / TOKENIZER if trained and (trained / TOKENIZER).is_dir() else folder
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(names, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            weights, dtype=getattr(torch, settings.dtype), use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+        )
+        if adapter:
+            model = _merged(model, adapter)
+    except Exception as error:  # transformers, peft and safetensors raise a dozen kinds
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise StudentError(
+            f"cannot load '{settings.name}' from {adapter or weights}: {type(error).__name__}: {first}",
+            wanted="a causal language model in safetensors with its tokenizer",
+            do=f"delete {trained} and run distill again" if trained else "check student.name, or download the model again",
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise StudentError(f"the tokenizer of '{settings.name}' has no end token", wanted="an eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LoadedStudent(model.to(device) if device is not None else model, tokenizer, identity)
+
+
+def _merged(model: Any, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+
+
+def _hub_student(settings: config.Student) -> tuple[Path, str]:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(settings.name, revision=settings.revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT))
+    except HFValidationError:
+        raise StudentError(f"student.name '{settings.name}' is no folder and no hub id", wanted=f"'{NAME}', a hub id or a folder") from None
+    except (LocalEntryNotFoundError, OSError, RepositoryNotFoundError) as error:
+        offline = "offline (HF_HUB_OFFLINE is set) and " if constants.HF_HUB_OFFLINE else ""
+        first = str(error).strip().splitlines()[0]
+        raise StudentError(
+            f"student '{settings.name}': {offline}not in the local cache: {first}",
+            wanted=f"the embedded '{NAME}', a hub id that can be reached, or a local folder",
+            do="go online once, log in for a gated model (hf auth login), or set student.name to a folder",
+        ) from None
+    _check_folder(folder, settings.name)
+    return folder, f"{settings.name}@{folder.name[:16]}"  # the snapshot's folder is named by its commit
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise StudentError(f"student '{name}': {folder} holds no config.json", wanted="a folder that transformers can load")
+    if not any(folder.glob("*.safetensors")):
+        raise StudentError(
+            f"student '{name}': {folder} holds no safetensors",
+            wanted="weights in safetensors",
+            do="convert them: pickled weights can run code",
+        )
+
+
+def _digest_weights(folder: Path) -> str:
+    """sha256 over the files that make a student: weights, configuration and tokenizer."""
+    kinds = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+    return digest_json({path.name: digest_path(path) for path in sorted(folder.iterdir()) if path.suffix in kinds})

@@ -1,0 +1,181 @@
+"""DVC: what is the same. Brings a stage up to date, names the dataset version, derives workspaces for overridden settings.
+
+Called by every door (CLI, Prefect flow); DVC's content hashes are the one cache of the project.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mind import config as settings
+from mind.errors import EXIT_FAILED, ConfigError, DataError, StageError
+from mind.outputs import digest_json
+from mind.workspace import Workspace
+
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What it took to bring a stage up to date."""
+
+    target: str
+    state: str  # "ran", "restored" (from DVC's run cache) or "up to date"
+
+    @property
+    def cached(self) -> bool:
+        return self.state != "ran"
+
+
+def bring_up_to_date(workspace: Workspace, target: str, *, force: bool = False) -> Outcome:
+    """Run one stage ('snapshot', 'distill@mind') if anything it reads has changed; else restore what is missing.
+
+    Raises:
+        StageError: the stage failed (its own message went to stderr), with its exit code.
+        DataError: an input is missing.
+    """
+    from dvc.exceptions import DvcException, ReproductionError
+    from dvc.stage.exceptions import StageCmdFailedError
+
+    with _repo(workspace) as repo, tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "ran"
+        with _environment(MIND_STAGE_RAN=str(trace), PATH=_path_with_this_python()):
+            try:
+                changed = repo.reproduce(targets=[target], single_item=True, force=force)
+            except ReproductionError as error:
+                cause = error.__cause__
+                if isinstance(cause, StageCmdFailedError):
+                    code = _exit_code(cause)
+                    raise StageError(f"stage {target} failed", do="mend what stands above and run again: finished work is kept", exit_code=code) from None
+                raise DataError(f"stage {target}: {cause or error}", do="run the stages before it (`mind run` does all)") from None
+            except DvcException as error:
+                raise DataError(f"stage {target}: {error}", do="see `mind doctor`") from None
+        state = "ran" if trace.exists() else "restored" if changed else "up to date"
+        return Outcome(target, state)
+
+
+def ensure_data(workspace: Workspace) -> None:
+    """Check out data/ at the version that data.dvc pins, from the cache or the remote.
+
+    A data/ that a person changed is left alone: it is their new version, and `dvc add data` pins it.
+
+    Raises:
+        DataError: the pinned version is neither in the cache nor in a remote.
+    """
+    from dvc.exceptions import DvcException
+
+    if workspace.data.exists():
+        return
+    with _repo(workspace) as repo:
+        try:
+            repo.pull(targets=["data.dvc"])
+        except DvcException as error:
+            raise DataError(f"data/ cannot be restored: {error}", wanted="the version pinned by data.dvc", do="`dvc pull data.dvc` from a remote that has it") from None
+
+
+def version_of(folder: Path) -> str:
+    """The DVC hash of a folder ('<32 hex>.dir'), from its content alone: what dvc.lock records for it."""
+    from dvc_data.hashfile.build import build
+    from dvc_data.hashfile.db import HashFileDB
+    from dvc_objects.fs.local import LocalFileSystem
+
+    local = LocalFileSystem()
+    _, _, built = build(HashFileDB(local, str(folder / ".none")), str(folder), local, "md5", dry_run=True)
+    return str(built.hash_info.value)
+
+
+def derive(workspace: Workspace, overrides: Mapping[str, Any]) -> Workspace:
+    """The workspace for `overrides` on top of this one's settings: `.mind/workspaces/<digest>/` of the home.
+
+    It shares code, data, DVC cache (so equal stages are restored, not run again), reply cache and tracking store.
+
+    Raises:
+        ConfigError: the merged settings cannot be used.
+    """
+    if not overrides:
+        return workspace
+    merged = settings.merge(settings.read_params(workspace.params), overrides)
+    settings.validate(merged, "params.yaml with --set")
+    root = workspace.caches / "workspaces" / digest_json(merged)[:12]
+    if not (root / "dvc.yaml").exists():
+        partial = root.with_name(f".{root.name}.{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / ".dvc").mkdir(parents=True)
+        (partial / "params.yaml").write_text(settings.dump_raw(merged), encoding="utf-8")
+        _share_dvc(workspace.home, partial, root)
+        for shared in ("mind", "benchmarks"):
+            if (workspace.home / shared).is_dir():
+                (partial / shared).symlink_to(os.path.relpath(workspace.home / shared, root))
+        partial.rename(root)
+    for name in ("dvc.yaml", "data.dvc", ".dvcignore", "code.yaml"):
+        if (workspace.root / name).exists():
+            shutil.copy2(workspace.root / name, root)
+    return Workspace(root)
+
+
+def _share_dvc(home: Path, partial: Path, root: Path) -> None:
+    """A DVC repository of its own at `root` that uses the cache and the remotes of `home`."""
+    from dvc.config import Config as DvcConfig
+
+    up = os.path.relpath(home / ".dvc", root / ".dvc")
+    raw = DvcConfig(str(home / ".dvc"), validate=False)
+    shared: dict[str, Any] = {"core": {**raw.get("core", {}), "no_scm": True, "analytics": False}, "cache": {"dir": f"{up}/cache"}, "remote": raw.get("remote", {})}
+    with DvcConfig(str(partial / ".dvc"), validate=False).edit("repo") as own:
+        own.update(shared)
+
+
+@contextmanager
+def _repo(workspace: Workspace) -> Iterator[Any]:
+    """The DVC repository of a workspace, quiet.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from dvc.exceptions import NotDvcRepoError
+    from dvc.repo import Repo
+
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+    try:
+        repo = Repo(str(workspace.root))
+    except NotDvcRepoError:
+        raise ConfigError(f"{workspace.root} is not a DVC repository", do="run `dvc init` there (or `dvc init --no-scm` outside git)") from None
+    try:
+        with repo:
+            yield repo
+    finally:
+        repo.close()
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables for the stage's process."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _path_with_this_python() -> str:
+    """dvc.yaml says `python`: that must be the interpreter of this process, also when its venv is not activated."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def _exit_code(failure: Exception) -> int:
+    """The exit code that DVC reports in words ('... exited with 2')."""
+    digits = str(failure).rsplit(" ", 1)[-1].lstrip("-")
+    return int(digits) if digits.isdigit() else EXIT_FAILED

@@ -1,0 +1,239 @@
+"""mind.statistics: laws first, then published and independently computed cases, then how often the intervals hold the truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from mind.statistics import Difference, holm, macro_accuracy, macro_difference, mcnemar, paired_difference, wilson
+
+answers = st.lists(st.booleans(), min_size=1, max_size=60)
+paired = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
+
+
+def table(both: int, gained: int, lost: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    """(variant, reference) with these counts of questions."""
+    ours = [True] * (both + gained) + [False] * (lost + neither)
+    theirs = [True] * both + [False] * gained + [True] * lost + [False] * neither
+    return np.array(ours), np.array(theirs)
+
+
+# ------------------------------------------------------------------- laws
+
+
+@given(st.integers(0, 400), st.integers(0, 400))
+def test_wilson_stays_inside_and_around_the_share(correct: int, wrong: int) -> None:
+    n = correct + wrong
+    low, high = wilson(correct, n)
+    assert 0 <= low <= (correct / n if n else 0.5) <= high <= 1
+    mirrored = wilson(wrong, n)
+    assert (1 - high, 1 - low) == pytest.approx(mirrored, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 7, 128, 100_000])
+def test_wilson_ends_are_exact_at_none_and_all(n: int) -> None:
+    assert wilson(0, n)[0] == 0.0 < wilson(0, n)[1]
+    assert wilson(n, n)[1] == 1.0 > wilson(n, n)[0]
+
+
+def test_wilson_of_nothing_is_everything() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_wilson_narrows_with_more_questions_and_less_confidence() -> None:
+    widths = [high - low for low, high in (wilson(n // 4, n) for n in (8, 40, 400, 4000))]
+    assert widths == sorted(widths, reverse=True)
+    assert wilson(10, 40, level=0.8)[0] > wilson(10, 40)[0]
+
+
+@pytest.mark.parametrize(("correct", "n"), [(-1, 3), (4, 3), (1, 0)])
+def test_wilson_refuses_impossible_counts(correct: int, n: int) -> None:
+    with pytest.raises(ValueError, match="wanted 0 <= correct <= n"):
+        wilson(correct, n)
+
+
+@given(answers)
+def test_a_student_does_not_differ_from_itself(vector: list[bool]) -> None:
+    for difference in (paired_difference(vector, vector), macro_difference([(vector, vector), (vector, vector)], draws=200)):
+        assert difference.value == 0
+        assert difference.p == 1
+        assert difference.gained == difference.lost == 0
+        assert difference.low <= 0 <= difference.high
+
+
+@given(paired)
+def test_changing_places_changes_only_the_sign(rows: list[tuple[bool, bool]]) -> None:
+    ours, theirs = zip(*rows, strict=True)
+    there, back = paired_difference(ours, theirs), paired_difference(theirs, ours)
+    assert there.value == pytest.approx(-back.value)
+    assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
+    assert there.p == back.p
+    assert (there.gained, there.lost) == (back.lost, back.gained)
+
+
+@given(paired)
+def test_difference_is_that_of_the_two_accuracies(rows: list[tuple[bool, bool]]) -> None:
+    ours, theirs = map(np.array, zip(*rows, strict=True))
+    difference = paired_difference(ours, theirs)
+    assert difference.value == pytest.approx(ours.mean() - theirs.mean())
+    assert -1 <= difference.low <= difference.value <= difference.high <= 1
+    assert 0 < difference.p <= 1
+
+
+def test_pairs_must_be_the_same_questions() -> None:
+    with pytest.raises(ValueError, match="same questions"):
+        paired_difference([True], [True, False])
+
+
+def test_nothing_compared_says_nothing() -> None:
+    assert paired_difference([], []) == Difference(0.0, -1.0, 1.0, 1.0, 0, 0, 0)
+
+
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_is_monotone_never_smaller_and_bounded(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    assert [adjusted[i] for i in order] == sorted(adjusted)
+    assert all(raw <= new <= 1 for raw, new in zip(p_values, adjusted, strict=True))
+    assert max(adjusted, default=0) <= min(1, len(p_values) * max(p_values, default=0)) + 1e-12
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_holm_does_not_depend_on_the_order(p_values: list[float], random) -> None:  # type: ignore[no-untyped-def]
+    shuffled = list(range(len(p_values)))
+    random.shuffle(shuffled)
+    assert holm([p_values[i] for i in shuffled]) == pytest.approx([holm(p_values)[i] for i in shuffled])
+
+
+@given(st.integers(0, 50), st.integers(0, 50))
+def test_one_benchmark_averages_to_itself(correct: int, wrong: int) -> None:
+    n = correct + wrong
+    if n:
+        assert macro_accuracy([(correct, n)]) == pytest.approx((correct / n, *wilson(correct, n)))
+
+
+@given(paired)
+def test_one_benchmark_compares_as_itself(rows: list[tuple[bool, bool]]) -> None:
+    ours, theirs = zip(*rows, strict=True)
+    assert macro_difference([(ours, theirs)]) == paired_difference(ours, theirs)
+
+
+def test_benchmarks_weigh_the_same_whatever_their_size() -> None:
+    assert macro_accuracy([(1, 1), (0, 999)]).value == 0.5
+    small, large = table(0, 4, 0, 0), table(0, 0, 0, 400)
+    assert macro_difference([small, large]).value == 0.5
+
+
+@pytest.mark.parametrize("average", [macro_accuracy, macro_difference])
+def test_no_benchmark_has_no_average(average) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="at least one"):
+        average([])
+
+
+def test_averages_are_the_same_for_the_same_seed() -> None:
+    pairs = [table(10, 9, 3, 20), table(30, 5, 5, 8)]
+    assert macro_difference(pairs, seed=3) == macro_difference(pairs, seed=3)
+    assert macro_difference(pairs, seed=3) != macro_difference(pairs, seed=4)
+
+
+# ------------------------------------------------------------ known cases
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "level", "low", "high"),
+    [  # statsmodels 0.15.0: proportion_confint(correct, n, 1 - level, method="wilson")
+        (0, 10, 0.95, 0.0, 0.27753279986288926),
+        (13, 96, 0.95, 0.08087706445811116, 0.21801138502144396),
+        (5, 10, 0.95, 0.23659309051256394, 0.7634069094874361),
+        (81, 263, 0.95, 0.2552885198782742, 0.36620957698280004),
+        (15, 148, 0.95, 0.06238639953073628, 0.16048724172330803),
+        (1, 29, 0.95, 0.006113214292762667, 0.17175521879320294),
+        (77, 128, 0.90, 0.5289918566603904, 0.6699285510966941),
+    ],
+)
+def test_wilson_agrees_with_statsmodels(correct: int, n: int, level: float, low: float, high: float) -> None:
+    assert wilson(correct, n, level) == pytest.approx((low, high), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"),
+    [  # statsmodels 0.15.0: mcnemar([[10, gained], [lost, 5]], exact=True).pvalue
+        (1, 7, 0.0703125),
+        (0, 0, 1.0),
+        (12, 5, 0.143463134765625),
+        (40, 22, 0.030015864349067285),
+        (3, 3, 1.0),
+        (121, 59, 4.4344492637551645e-06),
+    ],
+)
+def test_mcnemar_agrees_with_statsmodels(gained: int, lost: int, p: float) -> None:
+    assert mcnemar(gained, lost) == pytest.approx(p, rel=1e-9)
+
+
+@given(st.integers(0, 80), st.integers(0, 80))
+def test_mcnemar_is_a_fair_coin(gained: int, lost: int) -> None:
+    if gained + lost:
+        assert mcnemar(gained, lost) == pytest.approx(binomtest(gained, gained + lost).pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("p_values", "adjusted"),
+    [  # statsmodels 0.15.0: multipletests(p_values, method="holm")[1]
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
+        ([0.2, 0.01, 0.01, 0.9], [0.4, 0.04, 0.04, 0.9]),
+        ([0.03], [0.03]),
+        ([0.5, 0.6, 0.7], [1.0, 1.0, 1.0]),
+    ],
+)
+def test_holm_agrees_with_statsmodels(p_values: list[float], adjusted: list[float]) -> None:
+    assert holm(p_values) == pytest.approx(adjusted)
+
+
+def test_newcombe_agrees_with_the_published_example() -> None:
+    # Airway hyper-responsiveness before and after a transplantation (Bentur et al. 2009), the worked example of Fagerland, Lydersen
+    # and Laake, Statistics in Medicine 33 (2014): a = 1, b = 1, c = 7, d = 12; Newcombe's interval -0.507 to -0.026.
+    difference = paired_difference(*table(1, 1, 7, 12))
+    assert (round(difference.low, 3), round(difference.high, 3)) == (-0.507, -0.026)
+    assert difference.value == pytest.approx(-6 / 21)
+
+
+# --------------------------------------------------------------- coverage
+
+
+def tables(n: int, shares: tuple[float, ...], times: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [table(*map(int, counts)) for counts in np.random.default_rng(seed).multinomial(n, shares, size=times)]
+
+
+@pytest.mark.parametrize(("n", "shares"), [(128, (0.1, 0.15, 0.05, 0.7)), (30, (0.05, 0.03, 0.02, 0.9))])
+def test_paired_interval_holds_the_truth_as_often_as_it_says(n: int, shares: tuple[float, ...]) -> None:
+    truth = shares[1] - shares[2]
+    found = [paired_difference(*pair) for pair in tables(n, shares, 400, seed=1)]
+    assert np.mean([d.low <= truth <= d.high for d in found]) >= 0.92  # 0.95 less two and a half standard errors
+
+
+def test_average_interval_holds_the_truth_where_disagreement_is_rare() -> None:
+    """Three benchmarks of 30; a bootstrap without the added halves is right in fewer than nine of ten here."""
+    shares = [(0.05, 0.03, 0.02, 0.9), (0.1, 0.02, 0.01, 0.87), (0.9, 0.0, 0.02, 0.08)]
+    truth = np.mean([s[1] - s[2] for s in shares])
+    sets = zip(*(tables(30, s, 300, seed=i) for i, s in enumerate(shares)), strict=True)
+    found = [macro_difference(list(pairs), draws=1000) for pairs in sets]
+    assert np.mean([d.low <= truth <= d.high for d in found]) >= 0.92
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000))
+def test_average_test_agrees_with_counting_every_outcome(seed: int) -> None:
+    """Two small benchmarks: the drawn p is that of all 2^disagreements swaps, within its own sampling error."""
+    random = np.random.default_rng(seed)
+    pairs = [table(*map(int, random.multinomial(n, (0.2, 0.3, 0.2, 0.3)))) for n in (12, 9)]
+    singles = [paired_difference(*pair) for pair in pairs]
+    value = abs(sum(s.value for s in singles)) / 2
+    outcomes = np.zeros(1)
+    for s in singles:
+        for _ in range(s.gained + s.lost):
+            outcomes = np.concatenate([outcomes - 0.5 / s.n, outcomes + 0.5 / s.n])
+    exact = np.mean(np.abs(outcomes) >= value - 1e-12)
+    assert macro_difference(pairs, draws=4000).p == pytest.approx(exact, abs=0.035)
