@@ -31,8 +31,15 @@ def may_pass_by_itself(_task: Task[..., Any], _run: TaskRun, state: State[Any]) 
     return isinstance(error, PassingError) or (isinstance(error, StageError) and error.exit_code == EXIT_PASSING)
 
 
-@task(retries=3, retry_delay_seconds=[10, 60, 300], retry_jitter_factor=0.3, retry_condition_fn=may_pass_by_itself, cache_policy=NO_CACHE, task_run_name="{target}")
-def bring_up_to_date(workspace: Path, target: str, force: bool = False) -> State[str]:
+@task(
+    retries=3,
+    retry_delay_seconds=[10, 60, 300],
+    retry_jitter_factor=0.3,
+    retry_condition_fn=may_pass_by_itself,
+    cache_policy=NO_CACHE,
+    task_run_name="{target}",
+)
+def bring_up_to_date(workspace: Path, target: str, force: bool = False) -> Any:
     """One stage of the workspace, by content: runs, is restored from DVC's cache, or has nothing to do."""
     outcome = versioning.bring_up_to_date(Workspace(workspace), target, force=force)
     return Completed(name="Cached" if outcome.cached else "Completed", message=outcome.state, data=outcome.state)
@@ -40,9 +47,9 @@ def bring_up_to_date(workspace: Path, target: str, force: bool = False) -> State
 
 @flow(name="mind", flow_run_name="mind {workspace}")
 def mind(
-    workspace: Path = Path("."),
+    workspace: Path = Path(),
     variants: list[str] | None = None,
-    set: dict[str, Any] | None = None,  # noqa: A002  (the name that users type: -p 'set={"training.epochs": 1}')
+    set: dict[str, Any] | None = None,
     force: bool = False,
 ) -> dict[str, str]:
     """Bring the whole line up to date.

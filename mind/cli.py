@@ -19,7 +19,9 @@ from mind.workspace import Workspace
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting in place of the one in params.yaml, e.g. training.epochs=2.")
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting in place of the one in params.yaml, e.g. training.epochs=2."
+)
 force_option = click.option("--force", is_flag=True, help="Run even where nothing has changed.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 
@@ -37,7 +39,9 @@ def guarded(command: F) -> F:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mind")
-@click.option("-C", "--workspace", "folder", type=click.Path(path_type=Path, file_okay=False), help="Work there instead of in the current folder.")
+@click.option(
+    "-C", "--workspace", "folder", type=click.Path(path_type=Path, file_okay=False), help="Work there instead of in the current folder."
+)
 @click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages.")
 def main(folder: Path | None, debug: bool) -> None:
     """Distil a teacher's reasoning, from eight perspectives, into a small student.

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -57,27 +58,91 @@ class Price(Settings):
     output: NonNegativeFloat
 
 
-class Teacher(Settings):
-    """Who is asked, and how. The API key comes from the environment only."""
+class Budget(Settings):
+    """What this workspace may spend on the teacher and the judge, over all its runs; none set = no limit."""
+
+    usd: PositiveFloat | None = None
+    tokens: PositiveInt | None = None
+    requests: PositiveInt | None = None
+
+
+class Batching(Settings):
+    """How `mode: batch` uses the provider's batch endpoint."""
+
+    requests: int = Field(default=50_000, ge=1, le=50_000)  # in one batch file; 50,000 is OpenAI's limit
+    poll_seconds: PositiveFloat = 30
+    price_factor: Fraction = 0.5  # of the price of a live call
+
+
+class Endpoint(Settings):
+    """One OpenAI-compatible endpoint, and how it is asked. The API key comes from the environment or a Prefect Secret block only."""
 
     base_url: str = "embedded"
-    model: str = "recorded"
+    model: str = Field(default="recorded", min_length=1)
     api_key_env: str = "OPENAI_API_KEY"
+    api_key_block: str | None = None  # name of a Prefect Secret block; wins over the environment
     temperature: float | None = Field(default=0.7, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: int | None = None  # sent as seed + sample index
     max_tokens: PositiveInt = 1024
-    in_flight: PositiveInt = 32
+    max_tokens_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # reasoning models want the second
+    extra: dict[str, Any] = {}  # further keys of the request body, for instance {reasoning_effort: low}
+    in_flight: PositiveInt = 32  # upper bound; the width in use adapts to what the endpoint takes
+    requests_per_minute: PositiveFloat | None = None
+    tokens_per_minute: PositiveFloat | None = None
     retries: int = Field(default=6, ge=0)
     timeouts: Timeouts = Timeouts()
-    prices: dict[str, Price] = {}
+
+    @field_validator("base_url")
+    @classmethod
+    def _without_secrets(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if url != "embedded" and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError("wanted 'embedded' or an address like https://host/v1")
+        if parts.username or parts.password or parts.query:
+            raise ValueError("an address with credentials or a query; keys belong in the environment (api_key_env)")
+        return url.rstrip("/")
+
+    @field_validator("extra")
+    @classmethod
+    def _only_further_keys(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        own = {"model", "messages", "temperature", "top_p", "seed", "max_tokens", "max_completion_tokens", "n", "stream"} & set(extra)
+        if own:
+            raise ValueError(f"{', '.join(sorted(own))}: set by mind itself; wanted further keys only")
+        return extra
+
+
+class Teacher(Endpoint):
+    """Who writes the rationales, what it costs and may cost."""
+
+    mode: Literal["live", "batch"] = "live"
+    batch: Batching = Batching()
+    prices: dict[str, Price] = {}  # by model, the judge's too
+    budget: Budget = Budget()
+    embedded_wrong_rate: Fraction = 0.0  # share of views that the embedded teacher gets wrong, so that the judge has work
+
+
+class LlmJudge(Endpoint):
+    """A second model that scores every reply with the right answer, 1 to 5, for sound steps and for fidelity to the perspective."""
+
+    temperature: float | None = Field(default=0.0, ge=0, le=2)
+    max_tokens: PositiveInt = 512
+    min_steps: int = Field(default=4, ge=1, le=5)
+    min_fidelity: int = Field(default=3, ge=1, le=5)
 
 
 class Synthesis(Settings):
-    """Which questions are put to the teacher, from which perspectives."""
+    """Which questions are put to the teacher, from which perspectives, and what becomes of the replies."""
 
-    questions: str = "primer"
+    questions: str = "primer"  # a pool in data/questions, or the path of a JSON Lines file from the workspace
     limit: PositiveInt | None = None
     perspectives: tuple[str, ...] = PERSPECTIVES
+    max_attempts: PositiveInt = 1  # how often a rejected view is asked at most
+    more_room: float = Field(default=2.0, ge=1)  # a truncated reply is asked again once with max_tokens times this; 1 = never
+    near_duplicate: Fraction = 0.8  # a view whose word triples overlap another's by more is dropped; 1 = never
+    max_missing: Fraction = 0.0  # share of views that may stay without a reply when all retries failed
+    judge: Literal["exact", "llm"] = "exact"
+    llm_judge: LlmJudge = LlmJudge()
 
     @field_validator("perspectives")
     @classmethod

@@ -56,7 +56,9 @@ def stage(workspace: Workspace, name: str, variant: str | None = None, *, force:
         config.variant(variant)
         if variant not in config.run.variants:
             chosen = ", ".join([*config.run.variants, variant])
-            raise ConfigError(f"variant '{variant}' is not among run.variants", do=f"add it in params.yaml, or give --set 'run.variants=[{chosen}]'")
+            raise ConfigError(
+                f"variant '{variant}' is not among run.variants", do=f"add it in params.yaml, or give --set 'run.variants=[{chosen}]'"
+            )
     versioning.ensure_data(workspace)
     for target in _up_to(name, variant):
         last = target.partition("@")[0] == name

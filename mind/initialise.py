@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from mind import __version__
 from mind.errors import ConfigError
 from mind.progress import console
-from mind.records import Question, read_questions, write_jsonl
+from mind.records import read_questions, write_jsonl
 
 POOLS = {"primer": "primer-train.jsonl", "full": "train.jsonl"}
 """data/questions/NAME.jsonl <- the package's corpus: the questions alone; the teacher has to be asked for the rationales."""
@@ -24,7 +24,9 @@ IGNORED = "/data\n/rationales\n/dataset\n/students/\n/reports/\n/.mind/\n/mlflow
 CODE = "code.yaml"
 
 
-def make(folder: Path, *, questions: Path | None = None, base_url: str | None = None, model: str | None = None, student: str | None = None) -> None:
+def make(
+    folder: Path, *, questions: Path | None = None, base_url: str | None = None, model: str | None = None, student: str | None = None
+) -> None:
     """Write a workspace: settings, pipeline, data under DVC.
 
     Args:
@@ -51,7 +53,10 @@ def make(folder: Path, *, questions: Path | None = None, base_url: str | None = 
         write_jsonl(folder / "data" / "questions" / f"{questions.stem}.jsonl", pool)
     _write_params(folder / "params.yaml", {place: value for place, value in chosen.items() if value})
     (folder / "dvc.yaml").write_text(pipeline_without_code(), encoding="utf-8")
-    (folder / CODE).write_text(f"# The version of mind that this workspace's results come from; a newer one runs the line again.\nmind: {__version__}\n", encoding="utf-8")
+    (folder / CODE).write_text(
+        f"# The version of mind that this workspace's results come from; a newer one runs the line again.\nmind: {__version__}\n",
+        encoding="utf-8",
+    )
     (folder / ".gitignore").write_text(IGNORED, encoding="utf-8")
     _init_dvc(folder)
     console.print(f"workspace {folder}: look at params.yaml, then `cd {folder} && mind run`")

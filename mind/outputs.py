@@ -34,7 +34,9 @@ def stage_output(folder: Path) -> Iterator[Path]:
         os.replace(partial, folder)
     except OSError as error:
         raise MindError(
-            f"cannot write {folder}: {error.strerror or error}", wanted="a writable folder with space left", do="free some space and run again: finished work is kept"
+            f"cannot write {folder}: {error.strerror or error}",
+            wanted="a writable folder with space left",
+            do="free some space and run again: finished work is kept",
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -62,7 +64,9 @@ def digest_path(path: Path) -> str:
     return digest_bytes(*(part for p in files for part in (p.relative_to(path).as_posix().encode(), digest_path(p).encode())))
 
 
-def write_manifest(folder: Path, *, stage: str, inputs: Mapping[str, str], config: Mapping[str, Any], counts: Mapping[str, Any], **more: Any) -> None:
+def write_manifest(
+    folder: Path, *, stage: str, inputs: Mapping[str, str], config: Mapping[str, Any], counts: Mapping[str, Any], **more: Any
+) -> None:
     """Say where an output came from. Nothing in it may vary between equal runs: no clock, no host, no run id.
 
     Args:
@@ -84,6 +88,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path} is missing", wanted="the finished output of an earlier stage", do="run `mind run`, or the stage that makes it") from None
+        raise DataError(
+            f"{path} is missing", wanted="the finished output of an earlier stage", do="run `mind run`, or the stage that makes it"
+        ) from None
     except (OSError, json.JSONDecodeError) as error:
         raise DataError(f"{path} is damaged: {error}", do=f"delete {folder} and run its stage again") from None

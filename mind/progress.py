@@ -51,6 +51,12 @@ def bar(label: str, total: int, unit: str = "it") -> Iterator[Bar]:
     if not console.is_terminal:
         yield Bar(label, total, unit, None)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=False) as progress:
         yield Bar(label, total, unit, progress)

@@ -284,6 +284,7 @@ class _Writer:
             self._wake.clear()
             closed_at = self._closed_at  # read before emptying: what was put before the closing is sent
             error = self._empty()
+            self._note(error)
             if error is None:
                 pause = FLUSH_SECONDS
                 if closed_at is not None:
@@ -292,7 +293,6 @@ class _Writer:
                 pause = min(2 * pause, MAX_BACKOFF) if closed_at is None else LAST_TRIES_SECONDS
                 if closed_at is not None and time.monotonic() - closed_at > CLOSE_SECONDS:
                     return
-            self._note(error)
 
     def _empty(self) -> Exception | None:
         """Send what waits; the error that stopped it, if any."""
@@ -452,17 +452,19 @@ def _refusals(workspace: Workspace, settings: Tracking) -> Iterator[None]:
     try:
         yield
     except (_mlflow().exceptions.MlflowException, SQLAlchemyError, CommandError, OSError) as error:
-        where = ui_hint(workspace, settings) if database_of(workspace, settings) is None else str(database_of(workspace, settings))
-        found = f"the MLflow store {where} cannot be used: {_first_line(error)}"
-        raise _refusal(found, str(error), workspace, settings) from error
+        raise _refusal(error, database_of(workspace, settings), settings) from error
 
 
-def _refusal(found: str, text: str, workspace: Workspace, settings: Tracking) -> MindError:
-    database = database_of(workspace, settings)
-    if "out-of-date database schema" in text:
-        return MindError(found, do=f"copy {database}, then run `mlflow db upgrade sqlite:///{database}`")
+def _refusal(error: Exception, database: Path | None, settings: Tracking) -> MindError:
+    text = str(error)
+    if database is not None and re.search("out-of-date database schema|locate revision", text):
+        return MindError(
+            f"{database} was made by another version of MLflow",
+            do=f"copy it, then run `mlflow db upgrade sqlite:///{database}`; if it is the newer one, install that version",
+        )
+    found = f"the MLflow store {database or settings.uri} cannot be used: {_first_line(error)}"
     if database is not None:
-        return MindError(found, wanted="a database that MLflow made", do=f"see `mind doctor`; moved away, {database.name} is made anew")
+        return MindError(found, wanted="a database that MLflow made", do="move it away: it is made anew")
     if re.search(r"error code 40[13]", text):
         return MindError(found, do="set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
     return PassingError(found, do="start the server, or set tracking.uri: sqlite:///mlflow/mlflow.db")

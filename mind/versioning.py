@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,9 @@ def bring_up_to_date(workspace: Workspace, target: str, *, force: bool = False) 
                 cause = error.__cause__
                 if isinstance(cause, StageCmdFailedError):
                     code = _exit_code(cause)
-                    raise StageError(f"stage {target} failed", do="mend what stands above and run again: finished work is kept", exit_code=code) from None
+                    raise StageError(
+                        f"stage {target} failed", do="mend what stands above and run again: finished work is kept", exit_code=code
+                    ) from None
                 raise DataError(f"stage {target}: {cause or error}", do="run the stages before it (`mind run` does all)") from None
             except DvcException as error:
                 raise DataError(f"stage {target}: {error}", do="see `mind doctor`") from None
@@ -79,7 +81,11 @@ def ensure_data(workspace: Workspace) -> None:
         try:
             repo.pull(targets=["data.dvc"])
         except DvcException as error:
-            raise DataError(f"data/ cannot be restored: {error}", wanted="the version pinned by data.dvc", do="`dvc pull data.dvc` from a remote that has it") from None
+            raise DataError(
+                f"data/ cannot be restored: {error}",
+                wanted="the version pinned by data.dvc",
+                do="`dvc pull data.dvc` from a remote that has it",
+            ) from None
 
 
 def version_of(folder: Path) -> str:
@@ -111,7 +117,7 @@ def derive(workspace: Workspace, overrides: Mapping[str, Any]) -> Workspace:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / ".dvc").mkdir(parents=True)
         (partial / "params.yaml").write_text(settings.dump_raw(merged), encoding="utf-8")
-        _share_dvc(workspace.home, partial, root)
+        _share_dvc(workspace.home, partial)
         for shared in ("mind", "benchmarks"):
             if (workspace.home / shared).is_dir():
                 (partial / shared).symlink_to(os.path.relpath(workspace.home / shared, root))
@@ -122,15 +128,17 @@ def derive(workspace: Workspace, overrides: Mapping[str, Any]) -> Workspace:
     return Workspace(root)
 
 
-def _share_dvc(home: Path, partial: Path, root: Path) -> None:
+def _share_dvc(home: Path, root: Path) -> None:
     """A DVC repository of its own at `root` that uses the cache and the remotes of `home`."""
     from dvc.config import Config as DvcConfig
+    from dvc.config_schema import RelPath
 
-    up = os.path.relpath(home / ".dvc", root / ".dvc")
-    raw = DvcConfig(str(home / ".dvc"), validate=False)
-    shared: dict[str, Any] = {"core": {**raw.get("core", {}), "no_scm": True, "analytics": False}, "cache": {"dir": f"{up}/cache"}, "remote": raw.get("remote", {})}
-    with DvcConfig(str(partial / ".dvc"), validate=False).edit("repo") as own:
-        own.update(shared)
+    theirs = DvcConfig(str(home / ".dvc"), validate=False)
+    cache = {"dir": RelPath(str(home / ".dvc" / "cache")), **theirs.get("cache", {})}
+    with DvcConfig(str(root / ".dvc"), validate=False).edit("repo") as own:
+        own["core"] = {**theirs.get("core", {}), "no_scm": True, "analytics": False}
+        own["cache"] = cache
+        own["remote"] = theirs.get("remote", {})
 
 
 @contextmanager
@@ -147,9 +155,11 @@ def _repo(workspace: Workspace) -> Iterator[Any]:
     try:
         repo = Repo(str(workspace.root))
     except NotDvcRepoError:
-        raise ConfigError(f"{workspace.root} is not a DVC repository", do="run `dvc init` there (or `dvc init --no-scm` outside git)") from None
+        raise ConfigError(
+            f"{workspace.root} is not a DVC repository", do="run `dvc init` there (or `dvc init --no-scm` outside git)"
+        ) from None
     try:
-        with repo:
+        with repo, chdir(workspace.root):  # DVC reads targets from the current folder
             yield repo
     finally:
         repo.close()

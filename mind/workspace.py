@@ -30,7 +30,9 @@ class Workspace:
         for folder in (here, *here.parents):
             if all((folder / name).is_file() for name in MARKERS):
                 return cls(folder)
-        raise ConfigError(f"{here} is not in a workspace", wanted=f"a folder with {' and '.join(MARKERS)}", do="run `mind init DIR` and work there")
+        raise ConfigError(
+            f"{here} is not in a workspace", wanted=f"a folder with {' and '.join(MARKERS)}", do="run `mind init DIR` and work there"
+        )
 
     @property
     def home(self) -> Path:

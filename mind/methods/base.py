@@ -23,9 +23,9 @@ class Setup:
 
     questions: int
     width: int  # of the student's hidden states
+    batch_questions: int  # questions to one forward pass
     step_questions: int  # questions to one step of the student
     seed: int
-    device: torch.device
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mind import config
+from mind import config, progress
 from mind.methods.base import Method, Setup, Terms
 from mind.methods.inertia import Inertia
 from mind.methods.metanet import MetaNet
@@ -106,10 +106,13 @@ class Mind(Method):
     # ---- warm-up: only MetaNet learns, on the untouched student's losses
 
     def prepare(self, questions: Sequence[Encoded], forward: Forward) -> None:
-        for question in questions:
-            self.memory.take_in([question], [list(question.views)], forward([question.group()]))
-            self.memory.visits[question.index] = 1
+        size = self.setup.batch_questions
+        with progress.bar("warm-up", len(questions), "question") as bar:
+            for start in range(0, len(questions), size):
+                self._look(questions[start : start + size], forward, gradient=False)
+                bar.advance(len(questions[start : start + size]))
         rows = torch.tensor([question.index for question in questions])
+        self.memory.visits[rows] = 1
         self.net.standardise(*self._features(rows))
         self._warm_up(rows)
 

@@ -15,7 +15,7 @@ H width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,10 @@ class Encoded:
     def group(self, names: Sequence[str] | None = None) -> Group:
         """The question with the views of these names; all of them by default."""
         return Group(self.prompt, tuple(self.views[name] for name in (self.views if names is None else names)))
+
+    def up_to(self, limit: int) -> Encoded:
+        """Only the views that, with the prompt, have at most `limit` tokens."""
+        return replace(self, views={name: view for name, view in self.views.items() if len(self.prompt) + len(view.ids) <= limit})
 
     @property
     def longest(self) -> int:

@@ -1,72 +1,302 @@
-"""The one training loop, for all methods: encoded questions in, a trained student and its history out. Called by stages.distill.
+"""The one training loop, for all methods: examples in, a trained student and its history out. Called by stages.distill.
 
-A step: `questions_per_step` x `accumulation` questions, one optimizer step. The state after any step, with the seed, decides all that
+A step: `questions_per_step` x `accumulation` questions, one optimizer step. The state after a step, with the seed, decides all that
 follows, so a resumed run takes the same course as an uninterrupted one (bit for bit on a CPU).
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 
 from mind import config, progress
-from mind.errors import DataError
-from mind.methods.base import Method, Setup, Terms
+from mind.errors import DataError, MindError
+from mind.methods.base import Method, Setup
 from mind.records import Example
 from mind.students.loading import LoadedStudent
 from mind.training import checkpoint
-from mind.training.layout import LAYOUTS, Encoded, Forward, Group, Outputs
+from mind.training.layout import LAYOUTS, Encoded, Group, Outputs
 
 Log = Callable[[Mapping[str, float], int], None]
-"""log(values, step): where metrics go while training runs (MLflow, in a stage)."""
-
-BUILD = Callable[[Any, Setup], Method]
+"""log(values, step): where metrics go while training runs."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run leaves beside the weights in the student: deterministic rows, and what was counted."""
+    """What a run leaves beside the weights; all of it is the same in equal runs."""
 
     history: list[dict[str, float]]
     steps: int
-    tokens: int  # supervised tokens learnt from
+    tokens: int  # supervised tokens learnt from, over all epochs
     questions: int
-    left_out: dict[str, int]  # views and questions that were too long
+    views: int
+    left_out: dict[str, int]  # "views", "questions": too long, or without a view for this method
 
 
 def train(
     student: LoadedStudent,
     settings: config.Resolved,
     examples: Sequence[Example],
+    build: Callable[[Any, Setup], Method],
     *,
-    build: BUILD,
     log: Log = lambda values, step: None,
     checkpoints: Path | None = None,
 ) -> Trained:
-    """Train `student` in place (its model becomes a PEFT model when tuned by LoRA).
+    """Train `student` in place; tuned by LoRA, its model becomes a PEFT model.
 
     Args:
-        settings: the variant, resolved.
-        build: options, setup -> method (methods.table.build).
-        checkpoints: where this run, and no other, keeps its state; None keeps none.
+        build: options and setup -> method; see methods.table.
+        checkpoints: a folder for the state of this run and no other; None keeps no state.
 
     Raises:
         DataError: no question to train on, or one that is too long.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after the state was saved.
+        MindError: the loss is no longer a number, or a checkpoint cannot be written.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the state was saved before.
     """
     torch.manual_seed(settings.seed)
-    tuned = prepare_student(student, settings)
-    method, encoded = None, None
-    raise NotImplementedError
+    accelerator = Accelerator()
+    student.model = accelerator.prepare_model(make_tunable(student.model, settings.student, settings.training))
+    options = settings.training
+    setup = Setup(
+        questions=len(examples),
+        width=student.model.config.hidden_size,
+        batch_questions=options.questions_per_step,
+        step_questions=options.questions_per_step * options.accumulation,
+        seed=settings.seed,
+    )
+    method = build(settings.method, setup)
+    questions, left_out = encode_all(student.tokenizer, method, examples, _limit(student.model, options), options.too_long)
+    run = _Run(accelerator, student.model, method, questions, settings)
+    with progress.bar(f"distill {settings.name}", run.total, "step") as bar:
+        run.go(bar, log, checkpoints)
+    views = sum(len(question.views) for question in questions)
+    return Trained(run.history, run.step, run.tokens, len(questions), views, left_out)
+
+
+def make_tunable(model: Any, student: config.Student, training: config.Training) -> Any:
+    """The model with what is to be learnt marked: LoRA adapters, or all weights (then kept in float32)."""
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.use_cache = False
+    if student.tuning == "full":
+        return model.float().requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    lora = student.lora
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    return get_peft_model(
+        model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    )
+
+
+def encode_all(
+    tokenizer: Any, method: Method, examples: Sequence[Example], limit: int, too_long: str
+) -> tuple[list[Encoded], dict[str, int]]:
+    """The questions that the method trains on, and how many views and questions were left out.
+
+    Raises:
+        DataError: a prompt with a view is longer than `limit` and `too_long` is 'refuse'; or nothing is left.
+    """
+    questions, views = [], 0
+    for index, example in enumerate(examples):
+        whole = method.encode(tokenizer, example, index)
+        kept = whole.up_to(limit)
+        if len(kept.views) < len(whole.views) and too_long == "refuse":
+            raise DataError(
+                f"question '{example.id}' has {whole.longest} tokens with its longest view",
+                wanted=f"at most {limit} (training.max_tokens, or the student's own limit)",
+                do="raise training.max_tokens, or set training.too_long: drop",
+            )
+        views += len(whole.views) - len(kept.views)
+        if kept.views:
+            questions.append(kept)
+    if not questions:
+        raise DataError(f"none of {len(examples)} questions has a view to train on", wanted="at least one", do="look into the dataset")
+    return questions, {"views": views, "questions": len(examples) - len(questions)}
+
+
+def _limit(model: Any, options: config.Training) -> int:
+    own = getattr(model.config, "max_position_embeddings", None) or options.max_tokens
+    window = getattr(model.config, "sliding_window", None) or own  # inside its window, a sliding layer is a plain one
+    return min(options.max_tokens, own, window)
+
+
+# ---------------------------------------------------------------------- run
+
+
+class _Run:
+    """The state of one training run and how it moves on."""
+
+    def __init__(
+        self, accelerator: Accelerator, model: Any, method: Method, questions: Sequence[Encoded], settings: config.Resolved
+    ) -> None:
+        self.accelerator, self.model, self.method, self.questions = accelerator, model, method, questions
+        self.options, self.seed = settings.training, settings.seed
+        self.step_questions = self.options.questions_per_step * self.options.accumulation
+        self.per_epoch = math.ceil(len(questions) / self.step_questions)
+        self.total = self.per_epoch * self.options.epochs
+        self.learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.learnt.values(), lr=self.options.learning_rate, weight_decay=self.options.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate(step, self.total, self.options))
+        mixed = settings.student.dtype == "bfloat16" and settings.student.tuning == "full"
+        self.precision = partial(torch.autocast, accelerator.device.type, torch.bfloat16) if mixed else nullcontext
+        self.step = self.tokens = 0
+        self.history: list[dict[str, float]] = []
+        self.meter = Meter()
+
+    def forward(self, groups: Sequence[Group]) -> Outputs:
+        with self.precision():
+            return LAYOUTS[self.options.layout](self.model, groups)
+
+    def go(self, bar: progress.Bar, log: Log, checkpoints: Path | None) -> None:
+        """From the newest checkpoint, or from the start, to the end."""
+        state = checkpoint.load(checkpoints) if checkpoints else None
+        if state:
+            self.load_state_dict(state)
+            bar.resume(self.step)
+        else:
+            self._prepare()
+        with interruptions() as interrupted:
+            if not state:
+                self._save(checkpoints)
+            started, tokens = time.monotonic(), self.tokens
+            while self.step < self.total:
+                self._one_step()
+                logged = self.step % self.options.log_steps == 0 or self.step == self.total
+                if logged:
+                    self._log(log, (self.tokens - tokens) / (time.monotonic() - started))
+                    started, tokens = time.monotonic(), self.tokens
+                bar.advance(1, f"loss {self.history[-1]['train/loss']:.3f}" if self.history else "")
+                if interrupted() or self.step % self.options.checkpoint_steps == 0:
+                    self._save(checkpoints)
+                if interrupted():
+                    raise KeyboardInterrupt
+
+    def _prepare(self) -> None:
+        self.model.eval()
+        self.method.prepare(self.questions, torch.no_grad()(self.forward))
+
+    def _one_step(self) -> None:
+        self.model.train()
+        batch = self._batch(self.step)
+        for start in range(0, len(batch), self.options.questions_per_step):
+            terms = self.method.loss(batch[start : start + self.options.questions_per_step], self.forward)
+            self.accelerator.backward(terms.total / len(batch))
+            self.meter.add(terms.rows)
+            self.tokens += terms.tokens
+        norm = self.accelerator.clip_grad_norm_(self.learnt.values(), self.options.max_grad_norm)
+        if norm is not None and not math.isfinite(float(norm)):
+            raise MindError(
+                f"step {self.step + 1}: the gradient is {float(norm)}",
+                wanted="a finite number",
+                do="lower training.learning_rate and run again",
+            )
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.method.after_step()
+        self.step += 1
+
+    def _batch(self, step: int) -> list[Encoded]:
+        """The questions of a step: every epoch has its own order, which the seed alone decides."""
+        epoch, place = divmod(step, self.per_epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.questions), generator=generator)
+        own = order[place * self.step_questions : (place + 1) * self.step_questions]
+        return [self.questions[i] for i in own.tolist()]
+
+    def _log(self, log: Log, tokens_per_second: float) -> None:
+        values = self.meter.take()
+        self.history.append({"step": self.step, **values})
+        log({**values, "train/tokens_per_second": tokens_per_second}, self.step)
+
+    def _save(self, folder: Path | None) -> None:
+        if folder:
+            checkpoint.save(folder, self.step, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "student": {name: p.detach() for name, p in self.learnt.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "method": self.method.state_dict(),
+            "history": self.history,
+            "meter": self.meter.sums,
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state_all(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.learnt.items():
+                parameter.copy_(state["student"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.method.load_state_dict(state["method"])
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.history, self.meter.sums = state["history"], state["meter"]
+        torch.set_rng_state(state["rng"])
+        if state["rng_cuda"]:
+            torch.cuda.set_rng_state_all(state["rng_cuda"])
+
+
+def rate(step: int, total: int, options: config.Training) -> float:
+    """The learning rate's factor at a step: a linear rise over `warmup_ratio` of the run, then the schedule's fall to 0 (or none)."""
+    rise = math.ceil(options.warmup_ratio * total)
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    if options.schedule == "constant":
+        return 1.0
+    done = (step - rise) / max(total - rise, 1)
+    return 1 - done if options.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass
+class Meter:
+    """Means of metrics since they were last taken; a metric that some questions lack counts where it is."""
+
+    sums: dict[str, list[float]] = field(default_factory=dict)  # name -> [sum, count]
+
+    def add(self, rows: Sequence[Mapping[str, float]]) -> None:
+        for row in rows:
+            for name, value in row.items():
+                entry = self.sums.setdefault(name, [0.0, 0])
+                entry[0] += value
+                entry[1] += 1
+
+    def take(self) -> dict[str, float]:
+        means = {name: total / count for name, (total, count) in self.sums.items()}
+        self.sums = {}
+        return means
+
+
+@contextmanager
+def interruptions() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM came: the step in progress is finished first. A second one stops at once."""
+    came: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    watched = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, note) for number in watched}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,263 @@
+"""Prompts -> greedy answers, in a batch that is kept full. Called by stages.evaluate with a student that students.loading gave.
+
+A row leaves the batch as soon as it has written its answer line (or its end token), and the next prompts take its place. All
+rows share one key-value store: each row fills its own columns from 0, so nothing is padded while decoding, and what all prompts
+have in common (the chat template's opening) is computed once. Measured against `transformers.generate`: docs/evaluation.md.
+
+Letters: N active rows, L new tokens of a row, T columns in use, H key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import Cache
+
+REFILL = 0.75
+"""New prompts are admitted when the batch has shrunk to this share: one big prefill is cheaper than many small ones."""
+
+ANSWERED = re.compile(r"the answer is:?[ \t]*[^\s:][^\n]*\n", re.IGNORECASE)
+"""An answer line that its newline has closed: nothing after it can change the answer."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the student wrote (without special tokens), and how many tokens it took (with them)."""
+
+    text: str
+    tokens: int
+
+
+@dataclass
+class _Row:
+    index: int  # of its prompt
+    last: int  # the token that is fed next
+    column: int  # where that token goes
+    written: list[int] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_tokens: int,
+    on_done: Callable[[int, Completion], None] | None = None,
+) -> list[Completion]:
+    """Answer every prompt greedily.
+
+    Args:
+        prompts: token ids, none empty.
+        batch_tokens: most positions (prompt and answer) that are held at a time; bounds the memory.
+        on_done: called with the prompt's index as soon as its answer is finished, in any order.
+
+    Returns:
+        One completion a prompt, in the order of `prompts`; in float32 independent of `batch_tokens` up to ties of the logits.
+    """
+    if not prompts:
+        return []
+    done: dict[int, Completion] = {}
+    longest = max(map(len, prompts)) + max_new_tokens
+    capacity = max(1, min(len(prompts), batch_tokens // longest))
+    ends = _Endings(model, tokenizer, max_new_tokens)
+
+    def finish(index: int, tokens: list[int]) -> None:
+        done[index] = Completion(tokenizer.decode(tokens, skip_special_tokens=True), len(tokens))
+        if on_done is not None:
+            on_done(index, done[index])
+
+    decode = _decode if _attends_to_all(model.config, longest) else _decode_plainly
+    decode(model, prompts, capacity, longest, ends, finish)
+    return [done[index] for index in range(len(prompts))]
+
+
+class _Endings:
+    """Whether a row is finished: an end token, a closed answer line, or its allowance spent."""
+
+    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int) -> None:
+        configured = getattr(model, "generation_config", None)
+        ends = getattr(configured, "eos_token_id", None)
+        self.tokens = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.pad = next(iter(self.tokens), 0)
+        self.max_new_tokens = max_new_tokens
+        self._tokenizer = tokenizer
+        self._newline: dict[int, bool] = {}
+
+    def __call__(self, written: list[int]) -> bool:
+        last = written[-1]
+        if last in self.tokens or len(written) >= self.max_new_tokens:
+            return True
+        if last not in self._newline:
+            self._newline[last] = "\n" in self._tokenizer.decode([last])
+        return self._newline[last] and ANSWERED.search(self._tokenizer.decode(written)) is not None
+
+
+class _Store(Cache):
+    """Keys and values of all rows, (capacity, H, columns, D) a layer, written in place.
+
+    `aim` says where the next forward pass writes and how far it sees.
+    """
+
+    def __init__(self, capacity: int, columns: int) -> None:
+        super().__init__(layers=[])
+        self.capacity, self.columns = capacity, columns
+        self.stored: list[tuple[Tensor, Tensor]] = []
+
+    def aim(self, rows: slice, columns: Tensor, seen: int) -> None:
+        """Row i of the pass writes to `columns[i]` (N, L) of store row `rows.start + i` and sees columns 0 .. seen - 1."""
+        self.rows, self.seen, self.at = rows, seen, columns
+        self.index = torch.arange(rows.start, rows.stop, device=columns.device)[:, None]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if layer_idx == len(self.stored):
+            _, heads, _, size = key_states.shape
+            shape = (self.capacity, heads, self.columns, size)
+            self.stored.append((key_states.new_zeros(shape), value_states.new_zeros(shape)))  # zeros: a masked NaN would spread
+        for stored, new in zip(self.stored[layer_idx], (key_states, value_states), strict=True):
+            stored[self.index, :, self.at] = new.transpose(1, 2)  # (N, L, H, D)
+        keys, values = (stored[self.rows, :, : self.seen] for stored in self.stored[layer_idx])
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+    def share(self, columns: int) -> None:
+        """Copy the first `columns` of row 0 to every row."""
+        for stored in (tensor for layer in self.stored for tensor in layer):
+            stored[1:, :, :columns] = stored[:1, :, :columns]
+
+    def move(self, sources: list[int], targets: list[int], columns: int) -> None:
+        for stored in (tensor for layer in self.stored for tensor in layer):
+            stored[targets, :, :columns] = stored[sources, :, :columns]
+
+
+def _decode(
+    model: Any, prompts: Sequence[list[int]], capacity: int, longest: int, ends: _Endings, finish: Callable[[int, list[int]], None]
+) -> None:
+    shared = _shared_prefix(prompts)
+    store = _Store(capacity, longest)
+    device = next(model.parameters()).device
+    waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # the longest are taken first, from the end
+    rows: list[_Row] = []
+    if shared:
+        _forward(model, store, torch.tensor([prompts[0][:shared]], device=device), slice(0, 1), torch.arange(shared, device=device)[None])
+        store.share(shared)
+    while waiting or rows:
+        if waiting and len(rows) <= REFILL * capacity:
+            admitted = [waiting.pop() for _ in range(min(capacity - len(rows), len(waiting)))]
+            _prefill(model, store, [prompts[index] for index in admitted], len(rows), shared, ends.pad)
+            rows += [_Row(index, prompts[index][-1], len(prompts[index]) - 1) for index in admitted]
+        tokens = torch.tensor([[row.last] for row in rows], device=device)
+        columns = torch.tensor([[row.column] for row in rows], device=device)
+        logits = _forward(model, store, tokens, slice(0, len(rows)), columns)
+        for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+            row.written.append(token)
+            row.last, row.column = token, row.column + 1
+        rows = _without_finished(rows, store, ends, finish)
+
+
+def _shared_prefix(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with; at least one token of each is left to be fed."""
+    low, high = min(prompts), max(prompts)
+    most = min(map(len, prompts)) - 1
+    return next((place for place in range(most) if low[place] != high[place]), most)
+
+
+def _prefill(model: Any, store: _Store, prompts: list[list[int]], first: int, shared: int, pad: int) -> None:
+    """Store all but the last token of each prompt: the last one is fed by the first decoding step, for every row alike.
+
+    Rows are padded on the right; the padding's keys lie in columns that the answer overwrites before it sees them.
+    """
+    bodies = [prompt[shared:-1] for prompt in prompts]
+    width = max(map(len, bodies))
+    if width == 0:
+        return
+    device = store.stored[0][0].device if store.stored else next(model.parameters()).device
+    tokens = torch.tensor([body + [pad] * (width - len(body)) for body in bodies], device=device)
+    columns = torch.arange(shared, shared + width, device=device).expand(len(bodies), -1)
+    _forward(model, store, tokens, slice(first, first + len(bodies)), columns)
+
+
+def _forward(model: Any, store: _Store, tokens: Tensor, rows: slice, columns: Tensor) -> Tensor:
+    """Logits (N, K) behind the last of `tokens` (N, L), which stand at `columns` (N, L) of their rows."""
+    seen = int(columns.max()) + 1
+    visible = torch.arange(seen, device=tokens.device) <= columns[:, None, :, None]  # (N, 1, L, T)
+    store.aim(rows, columns, seen)
+    out = model(tokens, attention_mask=visible, position_ids=columns, past_key_values=store, use_cache=True, logits_to_keep=1)
+    return out.logits[:, -1]
+
+
+def _without_finished(rows: list[_Row], store: _Store, ends: _Endings, finish: Callable[[int, list[int]], None]) -> list[_Row]:
+    """Report the finished rows and close the holes they leave with rows from the end."""
+    keep = []
+    for place, row in enumerate(rows):
+        if ends(row.written):
+            finish(row.index, row.written)
+        else:
+            keep.append(place)
+    taken = set(keep)
+    holes = [place for place in range(len(keep)) if place not in taken]
+    movers = [place for place in keep if place >= len(keep)]
+    if holes:
+        store.move(movers, holes, max(rows[place].column for place in movers))
+    for hole, mover in zip(holes, movers, strict=True):
+        rows[hole] = rows[mover]
+    return rows[: len(keep)]
+
+
+# ------------------------------------------------- models whose layers do not all see everything
+
+
+def _attends_to_all(settings: Any, columns: int) -> bool:
+    """Whether every layer sees all of `columns`, through scaled-dot-product attention, which takes our mask."""
+    text = settings.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if "sliding_attention" in kinds or "layer_types" not in text:
+        window = getattr(text, "sliding_window", None)
+        kinds = kinds - {"sliding_attention"} if window is None or window >= columns else kinds | {"sliding_attention"}
+    return kinds <= {"full_attention"} and text._attn_implementation == "sdpa"
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, width: int, ends: _Endings) -> None:
+        self.width, self.ends = width, ends
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.tensor([self.ends(row[self.width :].tolist()) for row in input_ids], device=input_ids.device)
+
+
+def _decode_plainly(
+    model: Any, prompts: Sequence[list[int]], capacity: int, longest: int, ends: _Endings, finish: Callable[[int, list[int]], None]
+) -> None:
+    """The same through `transformers.generate`: prompts of like length, padded on the left. For sliding windows and mixed layers."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    for start in range(0, len(order), capacity):
+        batch = order[start : start + capacity]
+        width = len(prompts[batch[0]])
+        tokens = torch.tensor([[ends.pad] * (width - len(prompts[index])) + prompts[index] for index in batch], device=device)
+        mask = torch.tensor([[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in batch], device=device)
+        output = model.generate(
+            tokens,
+            attention_mask=mask,
+            max_new_tokens=ends.max_new_tokens,
+            do_sample=False,
+            pad_token_id=ends.pad,
+            eos_token_id=sorted(ends.tokens) or None,
+            stopping_criteria=StoppingCriteriaList([_Stop(width, ends)]),
+        )
+        for index, row in zip(batch, output[:, width:].tolist(), strict=True):
+            finish(index, _until_end(row, ends))
+
+
+def _until_end(row: list[int], ends: _Endings) -> list[int]:
+    """A generated row without the padding that follows its end."""
+    return next((row[:length] for length in range(1, len(row) + 1) if ends(row[:length])), row)

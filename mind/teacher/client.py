@@ -1,0 +1,301 @@
+"""A request -> its reply: from the cache, or from the endpoint through the official `openai` async client. Used by stages.synthesize.
+
+    ask ── in the cache? ──yes──> reply
+      └─no─> gate (limits) ─> budget (reserve) ─> endpoint ─> cache (on disk) ─> reply
+                 ^                                   │
+                 └── refused, failed, malformed ─────┘
+
+What may pass is tried again, without a place in flight while it waits: 408, 409, 425, 5xx, no connection, timeouts, malformed bodies, up to
+`retries` times with full jitter; 429, 503 and 529 narrow the gate instead and do not count. What cannot pass ends the run at once: a
+refused key, an unknown model, a malformed request. A request that the endpoint declines by its content alone is a reply: it is kept,
+and the judge drops it. The key is nowhere but in the client library's header; every text that an endpoint sends is searched for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from mind.config import Endpoint
+from mind.errors import ConfigError, PassingError, TeacherError
+from mind.teacher.budget import BudgetSpent, Wallet
+from mind.teacher.cache import ReplyCache
+from mind.teacher.limits import Gate, Pass, Stopped, jittered, retry_after
+from mind.teacher.replies import DECLINED, MalformedReply, Reply, Request, read_completion
+
+if TYPE_CHECKING:
+    import openai
+
+CONGESTED = {429, 503, 529}
+PASSING = {408, 409, 425}
+DECLINING = {"content_filter", "content_policy_violation", "invalid_prompt", "context_length_exceeded", "string_above_max_length"}
+NO_CREDIT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+LONGEST_WAIT = 600.0
+"""Seconds. A Retry-After beyond this is for the orchestrator to wait out, not for a process that holds its place."""
+
+
+class Unanswered(Exception):
+    """All tries of one request failed while others got replies."""
+
+
+class Client:
+    """Asks one endpoint. Make it, use it and `close` it inside one event loop.
+
+    Args:
+        endpoint: the settings.
+        base_url: where it is now (for `embedded`: the loopback address).
+        identity: the endpoint's part of every cache key.
+        cache, wallet: where replies are kept, and what they may cost.
+    """
+
+    def __init__(self, endpoint: Endpoint, base_url: str, identity: str, cache: ReplyCache, wallet: Wallet) -> None:
+        self.identity = identity
+        self.counts: Counter[str] = Counter()  # of this process: cached, bought, retried, unanswered
+        self.usd = 0.0  # bought by this process
+        self.tokens = 0
+        self.gate = Gate(endpoint.in_flight, endpoint.requests_per_minute, endpoint.tokens_per_minute, endpoint.retries)
+        self._endpoint, self._cache, self._wallet = endpoint, cache, wallet
+        self._shown = shown(base_url) if endpoint.base_url != "embedded" else "the embedded teacher"
+        self._key = api_key(endpoint)
+        self._client = _openai_client(endpoint, base_url, self._key or "none")
+        self._asking: dict[str, asyncio.Future[Reply]] = {}
+        self._tickets = itertools.count()
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def ask(self, request: Request) -> Reply:
+        """The reply to `request`; a bought one is on disk when this returns. Equal requests under way share one call.
+
+        Raises:
+            TeacherError: the endpoint refuses (key, model, request); nothing will help but another setting.
+            PassingError: nothing gets through any more.
+            Unanswered: this request failed `retries` times while others did not.
+            BudgetSpent, Stopped: no further call is sent.
+        """
+        key = request.key(self.identity)
+        found = self._cache.get(key)
+        if found:
+            self.counts["cached"] += 1
+            return found
+        if key in self._asking:
+            return await asyncio.shield(self._asking[key])
+        answer = self._asking[key] = asyncio.ensure_future(self._buy(key, request))
+        try:
+            return await answer
+        finally:
+            del self._asking[key]
+
+    async def _buy(self, key: str, request: Request) -> Reply:
+        ticket, tries, bought_before = next(self._tickets), 0, self.counts["bought"]
+        while True:
+            given = await self.gate.enter(ticket, self._wallet.worst(request).tokens)
+            try:
+                return await self._call(key, request, given)
+            except _Congested as refusal:
+                self.gate.refused(given, refusal.wait)
+                self._check_wait(refusal)
+            except _Failed as failure:
+                tries += 1
+                self.counts["retried"] += 1
+                if tries > self._endpoint.retries:
+                    raise self._give_up(failure, self.counts["bought"] > bought_before) from None
+                wait = max(jittered(tries), failure.wait or 0.0)
+            else:  # pragma: no cover - _call returns or raises
+                raise AssertionError
+            finally:
+                self.gate.leave()
+            if tries:
+                await self.gate.pause(wait)
+
+    async def _call(self, key: str, request: Request, given: Pass) -> Reply:
+        """One try, budget included. The place in flight is held until the reply is on disk: a kill costs at most the width."""
+        worst = self._wallet.worst(request)
+        booked = await self._wallet.reserve(worst)
+        try:
+            reply = await self._send(request)
+        except _Failed as failure:
+            await (self._wallet.lose(booked) if failure.may_be_paid else self._wallet.release(booked))
+            raise
+        except (_Congested, TeacherError):
+            await self._wallet.release(booked)
+            raise
+        self.gate.succeeded(given)
+        self.gate.used(worst.tokens, reply.prompt_tokens + reply.completion_tokens)
+        self.counts["bought"] += 1
+        self.usd += self._wallet.cost(reply.prompt_tokens, reply.completion_tokens)
+        self.tokens += reply.prompt_tokens + reply.completion_tokens
+        return await self._wallet.settle(key, reply, booked)
+
+    async def _send(self, request: Request) -> Reply:
+        import openai
+
+        try:
+            async with asyncio.timeout(self._endpoint.timeouts.total):
+                answer = await self._client.chat.completions.with_raw_response.create(**_arguments(request.body))
+        except openai.APIStatusError as error:
+            return self._refusal(error)
+        except (openai.APIConnectionError, TimeoutError) as error:
+            raise _Failed(_connection_fault(error), may_be_paid=_was_sent(error)) from None
+        content = self._without_key(answer.content)
+        self.gate.heed(answer.headers, request.prompt_bytes() / 4 + request.room())
+        try:
+            return read_completion(content, request.prompt_bytes())
+        except MalformedReply as error:
+            kind = answer.headers.get("content-type", "no content type")
+            raise _Failed(f"status 200 ({kind}) without a usable completion: {error}", may_be_paid=True) from None
+
+    def _refusal(self, error: openai.APIStatusError) -> Reply:
+        """A status that is not 200: raise what it means, or return the reply that it is."""
+        status, code, message = error.status_code, error.code or "", self._message(error)
+        if code in NO_CREDIT or error.type in NO_CREDIT:
+            raise TeacherError(f"{self._shown} has no credit left: {message}", do="check plan and billing, or set another key or endpoint")
+        if status in CONGESTED:
+            raise _Congested(f"status {status}: {message}", retry_after(error.response.headers))
+        if status in PASSING or status >= 500:
+            raise _Failed(f"status {status}: {message}", wait=retry_after(error.response.headers))
+        if status in (400, 413, 422) and code in DECLINING:
+            return Reply(text="", finish=DECLINED, refusal=f"{code}: {message}")
+        raise self._fatal(status, message)
+
+    def _fatal(self, status: int, message: str) -> TeacherError:
+        if status in (401, 403):
+            source = (
+                f"the Prefect Secret block '{self._endpoint.api_key_block}'" if self._endpoint.api_key_block else self._endpoint.api_key_env
+            )
+            state = "is set, but refused" if self._key else "is not set"
+            return TeacherError(
+                f"{self._shown} refuses the key (status {status}): {message}",
+                wanted=f"a valid key in {source} ({state})",
+                do=f"export {self._endpoint.api_key_env}=..., or set teacher.api_key_env to the variable that holds the key",
+            )
+        if status == 404:
+            return TeacherError(
+                f"{self._shown} knows no model '{self._endpoint.model}', or not this path (status 404): {message}",
+                do="check teacher.model, and that teacher.base_url ends where '/chat/completions' follows (usually in /v1)",
+            )
+        return TeacherError(
+            f"{self._shown} does not take the request (status {status}): {message}",
+            do="check the sampling parameters: temperature, top_p, seed, max_tokens_key (reasoning models want max_completion_tokens) and extra",
+        )
+
+    def _give_up(self, failure: _Failed, others_pass: bool) -> Exception:
+        self.counts["unanswered"] += 1
+        if others_pass:
+            return Unanswered(str(failure))
+        return PassingError(
+            f"{self._shown} gives no usable answer, tried {self._endpoint.retries + 1} times: {failure}",
+            do="check that it is up and teacher.base_url is right, then run again: all replies so far are kept",
+        )
+
+    def _check_wait(self, refusal: _Congested) -> None:
+        if (refusal.wait or 0.0) > LONGEST_WAIT or self.gate.worn_out:
+            raise PassingError(
+                f"{self._shown} is overloaded or rate limited: {refusal}",
+                do="run again later: all replies so far are kept; or lower in_flight, or set requests_per_minute and tokens_per_minute",
+            ) from None
+
+    def _without_key(self, content: bytes) -> bytes:
+        return content.replace(self._key.encode(), b"***") if self._key else content
+
+    def _message(self, error: openai.APIStatusError) -> str:
+        """What the endpoint said, without the key and without pages of HTML."""
+        body = error.body
+        said = body.get("message") if isinstance(body, Mapping) else None
+        text = said if isinstance(said, str) else body if isinstance(body, str) else json.dumps(body, default=str)
+        return " ".join(self._without_key(text.encode()).decode().split())[:300]
+
+
+class _Congested(Exception):
+    """429 or overload."""
+
+    def __init__(self, message: str, wait: float | None) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+class _Failed(Exception):
+    """Worth another try."""
+
+    def __init__(self, message: str, *, wait: float | None = None, may_be_paid: bool = False) -> None:
+        super().__init__(message)
+        self.wait, self.may_be_paid = wait, may_be_paid
+
+
+def request_body(endpoint: Endpoint, messages: list[dict[str, str]], max_tokens: int, sample: int) -> dict[str, Any]:
+    """The JSON body of a chat completion: everything that the settings say, and nothing that they do not."""
+    body: dict[str, Any] = {"model": endpoint.model, "messages": messages, endpoint.max_tokens_key: max_tokens}
+    if endpoint.temperature is not None:
+        body["temperature"] = endpoint.temperature
+    if endpoint.top_p is not None:
+        body["top_p"] = endpoint.top_p
+    if endpoint.seed is not None:
+        body["seed"] = endpoint.seed + sample
+    return body | endpoint.extra
+
+
+def api_key(endpoint: Endpoint) -> str | None:
+    """The key from a Prefect Secret block or the environment; None without one (many local endpoints want none).
+
+    Raises:
+        ConfigError: the block cannot be read.
+    """
+    if endpoint.base_url == "embedded":
+        return None
+    if not endpoint.api_key_block:
+        return os.environ.get(endpoint.api_key_env) or None
+    from prefect.blocks.system import Secret
+
+    try:
+        return str(Secret.load(endpoint.api_key_block).get())  # type: ignore[union-attr]
+    except Exception as error:  # Prefect raises ValueError for a missing block and client errors for a missing server
+        raise ConfigError(
+            f"the Prefect Secret block '{endpoint.api_key_block}' cannot be read ({type(error).__name__})",
+            do="create it: prefect block register -m prefect.blocks.system, or in the UI; or remove api_key_block and use the environment",
+        ) from None
+
+
+def shown(base_url: str) -> str:
+    """An address as it may stand in a message: without credentials and query."""
+    parts = urlsplit(base_url)
+    port = f":{parts.port}" if parts.port else ""
+    return f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
+
+
+def _openai_client(endpoint: Endpoint, base_url: str, key: str) -> openai.AsyncOpenAI:
+    import httpx2
+    import openai
+
+    timeouts = endpoint.timeouts
+    timeout = openai.Timeout(timeouts.total, connect=timeouts.connect, read=timeouts.read)
+    # The library keeps 100 idle connections at most: with more in flight it would open new ones all the time.
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=endpoint.in_flight + 8)
+    # A proxy of the environment must not stand between us and a server in this very process.
+    http = openai.DefaultAsyncHttpxClient(timeout=timeout, limits=limits, trust_env=endpoint.base_url != "embedded")
+    return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=timeout, http_client=http)
+
+
+def _arguments(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A request body as arguments of the official client, which wants keys that it does not know apart."""
+    known = ("model", "messages", "temperature", "top_p", "seed", "max_tokens", "max_completion_tokens")
+    further = {key: value for key, value in body.items() if key not in known}
+    return {key: value for key, value in body.items() if key in known} | ({"extra_body": further} if further else {})
+
+
+def _connection_fault(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
+
+
+def _was_sent(error: Exception) -> bool:
+    """Whether the endpoint may have seen the request: not when the connection was never made."""
+    return type(error.__cause__).__name__ not in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "InvalidURL")
+
+
+__all__ = ["BudgetSpent", "Client", "Stopped", "Unanswered", "api_key", "request_body", "shown"]
