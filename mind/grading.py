@@ -2,8 +2,8 @@
 
 What is read, in this order:
 1. the last explicit statement in the text: "The answer is X", "Answer: X", `\\boxed{X}` or `#### X`;
-2. without one, what the text ends on: its last number; the last expression; the option that the last line names; the last
-   sentence that says nothing but "yes" or "no".
+2. without one, what the text ends on: its last number; the last expression; the option that the last line names (else the option
+   that the first line consists of, for students who answer first); the last sentence that begins and ends with "yes" or "no".
 
 An answer that names several candidates ("5 or 6", "A and C", "yes or no") is no answer. Numbers are digits: "a dozen" is left
 wrong on purpose, because a grader that guesses at words cannot be checked. Currency, percent signs and units are passed over, so
@@ -66,7 +66,7 @@ def extract(text: str, kind: Kind = "number", choices: Sequence[str] = ()) -> st
     if kind == "number":
         return _stated_number(statement) if statement is not None else _last_number(text)
     if kind == "choice":
-        return _option(statement if statement is not None else _last_line(text), choices)
+        return _named(statement, choices) if statement is not None else _named(_last_line(text), choices) or _is(_first_line(text), choices)
     if kind == "yesno":
         return _stated_yesno(statement) if statement is not None else _last_yesno(text)
     return _expression(statement) if statement is not None else _last_expression(text)
@@ -136,6 +136,10 @@ def _braced(text: str, start: int) -> str:
 
 def _last_line(text: str) -> str:
     return text.rsplit("\n", 1)[-1]
+
+
+def _first_line(text: str) -> str:
+    return text.split("\n", 1)[0]
 
 
 # ------------------------------------------------------------------------ numbers
@@ -214,21 +218,35 @@ def _words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def _option(statement: str, choices: Sequence[str]) -> str | None:
-    """The letter of the one option that `statement` names, by letter or by its text; the letter wins over the text."""
-    bare = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", statement).strip(" *_$`\"'.")
-    letters = string.ascii_uppercase[: len(choices)] or string.ascii_uppercase
-    options = {letter: _words(text) for letter, text in zip(letters, choices, strict=False)}
+def _bare(line: str) -> str:
+    return re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", line).strip(" *_$`\"'.")
+
+
+def _options(choices: Sequence[str]) -> dict[str, str]:
+    """Letter -> the words of its option; all letters, without words, where no options are given."""
+    return {letter: _words(text) for letter, text in zip(string.ascii_uppercase, choices or [""] * 26, strict=False)}
+
+
+def _is(line: str, choices: Sequence[str]) -> str | None:
+    """The letter of the option that `line` consists of: "C", "(C)", "C) its text" or its text."""
+    bare, options = _bare(line), _options(choices)
     exact = [letter for letter, text in options.items() if text and text == _words(bare)]
     if len(exact) == 1:
         return exact[0]
     leading = _LEADING.match(bare)
-    if leading and leading["letter"].upper() in letters:
-        letter = leading["letter"].upper()
-        if not leading["rest"] or _words(leading["rest"]) == options.get(letter):
-            return letter
+    letter = leading["letter"].upper() if leading else ""
+    if leading and letter in options and (not leading["rest"] or _words(leading["rest"]) == options[letter]):
+        return letter
+    return None
+
+
+def _named(line: str, choices: Sequence[str]) -> str | None:
+    """The letter of the one option that `line` names, by letter or by text; the letter wins over the text."""
+    if whole := _is(line, choices):
+        return whole
+    bare, options = _bare(line), _options(choices)
     articles = {found.start() for found in _ARTICLE.finditer(bare)}
-    named = {(found[1] or found[2]).upper() for found in _LETTER.finditer(bare) if found.start() not in articles} & set(letters)
+    named = {(found[1] or found[2]).upper() for found in _LETTER.finditer(bare) if found.start() not in articles} & set(options)
     if named:
         return named.pop() if len(named) == 1 else None
     return _by_text(_words(bare), options)

@@ -19,9 +19,9 @@ INSTRUCTIONS: dict[Kind, str] = {
 
 
 def student_prompt(question: str, kind: Kind = "number", choices: Sequence[str] = ()) -> str:
-    """The user turn: the question, its lettered options, and how to end."""
+    """The user turn: how to end, the question, its lettered options. What all prompts share comes first: it is computed once."""
     options = [f"{chr(ord('A') + i)}) {text}" for i, text in enumerate(choices)]
-    return "\n".join([question, *options, INSTRUCTIONS[kind]])
+    return "\n".join([INSTRUCTIONS[kind], question, *options])
 
 
 def student_ids(tokenizer: Any, prompt: str) -> list[int]:

@@ -70,6 +70,7 @@ class Rationale(Record):
     request: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    scores: dict[str, int] = {}  # of the LLM judge, where one was asked: steps and fidelity, 1 to 5
 
 
 class Example(Record):

@@ -43,7 +43,6 @@ RETRY_SECONDS = (1.0, 4.0)  # before another try at what the caller waits for
 
 PARAMS_A_CALL = 100
 MAX_KEY, MAX_PARAM, MAX_TAG, MAX_DIGEST = 250, 6000, 8000, 36  # MLflow's limits, in characters
-KEY = re.compile(r"[\w/.\- :]{1,250}")
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -159,7 +158,7 @@ class Run:
         """
         now = int(time.time() * 1000)
         for key in values:
-            if not KEY.fullmatch(key):
+            if not _is_name(key):
                 raise ValueError(f"metric name {key!r}: wanted at most {MAX_KEY} letters, digits, spaces and _ - . / :")
         self._writer.put([Point(key, float(value), now, step) for key, value in values.items()])
 
@@ -418,10 +417,15 @@ def _dataset_input(digest: str) -> Any:
     return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])
 
 
+def _is_name(key: str) -> bool:
+    """Whether MLflow takes it: its characters, its length, and no path that resolves to another name."""
+    path = posixpath.normpath(key)
+    return bool(re.fullmatch(rf"[\w/.\- :]{{1,{MAX_KEY}}}", key)) and path == key and path != "." and not path.startswith(("/", ".."))
+
+
 def _param_key(key: str) -> str:
-    """A key that MLflow takes: its characters, its length, and no path that would resolve to another name."""
     key = re.sub(r"[^\w/.\- :]", "_", key)[:MAX_KEY]
-    return key if posixpath.normpath(key) == key and not key.startswith(("/", "..")) else key.replace("/", "_")
+    return key if _is_name(key) else key.replace("/", "_").strip(".") or "_"
 
 
 def _param_text(value: Any) -> str:
@@ -471,7 +475,7 @@ def _refusal(error: Exception, database: Path | None, settings: Tracking) -> Min
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _from_here(path: Path) -> str:
@@ -480,4 +484,4 @@ def _from_here(path: Path) -> str:
 
 
 def _say(text: str) -> None:
-    console.print(f"tracking: {text}", style="yellow", markup=False)
+    console.print(f"tracking: {text}", style="yellow", markup=False, soft_wrap=True)

@@ -48,7 +48,9 @@ def bring_up_to_date(workspace: Workspace, target: str, *, force: bool = False) 
 
     with _repo(workspace) as repo, tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "ran"
-        with _environment(MIND_STAGE_RAN=str(trace), PATH=_path_with_this_python()):
+        # idle threads that spin cost 5 to 10 times the work where another program wants the same cores (docs/log.md)
+        waiting = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+        with _environment(MIND_STAGE_RAN=str(trace), PATH=_path_with_this_python(), OMP_WAIT_POLICY=waiting):
             try:
                 changed = repo.reproduce(targets=[target], single_item=True, force=force)
             except ReproductionError as error:

@@ -200,8 +200,10 @@ def test_parameters_are_stored_as_json_and_cut_to_what_mlflow_takes(workspace: W
 
 
 def test_a_metric_name_that_mlflow_refuses_is_refused_at_once(workspace: Workspace) -> None:
-    with tracking.open_run(workspace, Tracking(), name="mind", fingerprint="f") as run, pytest.raises(ValueError, match="a=b"):
-        run.log({"a=b": 1.0}, 0)
+    with tracking.open_run(workspace, Tracking(), name="mind", fingerprint="f") as run:
+        for name in ("a=b", "a//b", "../a", ".", "", "k" * 251):
+            with pytest.raises(ValueError, match="metric name"):
+                run.log({name: 1.0}, 0)
 
 
 @settings(max_examples=50)
@@ -470,8 +472,3 @@ def test_the_hint_opens_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert elsewhere.endswith("'sqlite:///a b/mlflow/mlflow.db'")
     assert tracking.ui_hint(Workspace(Path("/far")), Tracking()).endswith(" sqlite:////far/mlflow/mlflow.db")
     assert tracking.ui_hint(Workspace(tmp_path), Tracking(uri="http://server:5000")) == "http://server:5000"
-
-
-def test_importing_tracking_does_not_import_mlflow() -> None:
-    code = "import sys, mind.tracking; sys.exit('mlflow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

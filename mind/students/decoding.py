@@ -180,7 +180,7 @@ def _prefill(model: Any, store: _Store, prompts: list[list[int]], first: int, sh
     width = max(map(len, bodies))
     if width == 0:
         return
-    device = store.stored[0][0].device if store.stored else next(model.parameters()).device
+    device = next(model.parameters()).device
     tokens = torch.tensor([body + [pad] * (width - len(body)) for body in bodies], device=device)
     columns = torch.arange(shared, shared + width, device=device).expand(len(bodies), -1)
     _forward(model, store, tokens, slice(first, first + len(bodies)), columns)

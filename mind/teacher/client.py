@@ -24,9 +24,9 @@ from urllib.parse import urlsplit
 
 from mind.config import Endpoint
 from mind.errors import ConfigError, PassingError, TeacherError
-from mind.teacher.budget import BudgetSpent, Wallet
+from mind.teacher.budget import Wallet
 from mind.teacher.cache import ReplyCache
-from mind.teacher.limits import Gate, Pass, Stopped, jittered, retry_after
+from mind.teacher.limits import Gate, Pass, jittered, retry_after
 from mind.teacher.replies import DECLINED, MalformedReply, Reply, Request, read_completion
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Client:
 
     def __init__(self, endpoint: Endpoint, base_url: str, identity: str, cache: ReplyCache, wallet: Wallet) -> None:
         self.identity = identity
-        self.counts: Counter[str] = Counter()  # of this process: cached, bought, retried, unanswered
+        self.counts: Counter[str] = Counter()  # of this process: bought, retried, unanswered
         self.usd = 0.0  # bought by this process
         self.tokens = 0
         self.gate = Gate(endpoint.in_flight, endpoint.requests_per_minute, endpoint.tokens_per_minute, endpoint.retries)
@@ -70,8 +70,11 @@ class Client:
     async def close(self) -> None:
         await self._client.close()
 
-    async def ask(self, request: Request) -> Reply:
+    async def ask(self, request: Request, seen: Counter[str] | None = None) -> Reply:
         """The reply to `request`; a bought one is on disk when this returns. Equal requests under way share one call.
+
+        Args:
+            seen: its `cached` or `bought` is counted up.
 
         Raises:
             TeacherError: the endpoint refuses (key, model, request); nothing will help but another setting.
@@ -81,8 +84,9 @@ class Client:
         """
         key = request.key(self.identity)
         found = self._cache.get(key)
+        if seen is not None:
+            seen["cached" if found else "bought"] += 1
         if found:
-            self.counts["cached"] += 1
             return found
         if key in self._asking:
             return await asyncio.shield(self._asking[key])
@@ -94,11 +98,14 @@ class Client:
 
     async def _buy(self, key: str, request: Request) -> Reply:
         ticket, tries, bought_before = next(self._tickets), 0, self.counts["bought"]
+        expected = request.prompt_bytes() / 4 + request.room()  # tokens, as endpoints count them against a limit
         while True:
-            given = await self.gate.enter(ticket, self._wallet.worst(request).tokens)
+            given = await self.gate.enter(ticket, expected)
+            wait = 0.0
             try:
-                return await self._call(key, request, given)
+                return await self._call(key, request, given, expected)
             except _Congested as refusal:
+                self.gate.used(expected, 0)
                 self.gate.refused(given, refusal.wait)
                 self._check_wait(refusal)
             except _Failed as failure:
@@ -107,19 +114,16 @@ class Client:
                 if tries > self._endpoint.retries:
                     raise self._give_up(failure, self.counts["bought"] > bought_before) from None
                 wait = max(jittered(tries), failure.wait or 0.0)
-            else:  # pragma: no cover - _call returns or raises
-                raise AssertionError
             finally:
                 self.gate.leave()
-            if tries:
+            if wait:
                 await self.gate.pause(wait)
 
-    async def _call(self, key: str, request: Request, given: Pass) -> Reply:
+    async def _call(self, key: str, request: Request, given: Pass, expected: float) -> Reply:
         """One try, budget included. The place in flight is held until the reply is on disk: a kill costs at most the width."""
-        worst = self._wallet.worst(request)
-        booked = await self._wallet.reserve(worst)
+        booked = await self._wallet.reserve(self._wallet.worst(request))
         try:
-            reply = await self._send(request)
+            reply = await self._send(request, expected)
         except _Failed as failure:
             await (self._wallet.lose(booked) if failure.may_be_paid else self._wallet.release(booked))
             raise
@@ -127,13 +131,14 @@ class Client:
             await self._wallet.release(booked)
             raise
         self.gate.succeeded(given)
-        self.gate.used(worst.tokens, reply.prompt_tokens + reply.completion_tokens)
+        self.gate.used(expected, reply.prompt_tokens + reply.completion_tokens)
+        kept = await self._wallet.settle(key, reply, booked)
         self.counts["bought"] += 1
         self.usd += self._wallet.cost(reply.prompt_tokens, reply.completion_tokens)
         self.tokens += reply.prompt_tokens + reply.completion_tokens
-        return await self._wallet.settle(key, reply, booked)
+        return kept
 
-    async def _send(self, request: Request) -> Reply:
+    async def _send(self, request: Request, expected: float) -> Reply:
         import openai
 
         try:
@@ -141,12 +146,11 @@ class Client:
                 answer = await self._client.chat.completions.with_raw_response.create(**_arguments(request.body))
         except openai.APIStatusError as error:
             return self._refusal(error)
-        except (openai.APIConnectionError, TimeoutError) as error:
-            raise _Failed(_connection_fault(error), may_be_paid=_was_sent(error)) from None
-        content = self._without_key(answer.content)
-        self.gate.heed(answer.headers, request.prompt_bytes() / 4 + request.room())
+        except (openai.OpenAIError, TimeoutError) as error:
+            raise _Failed(self._clean(_connection_fault(error)), may_be_paid=_was_sent(error)) from None
+        self.gate.heed(answer.headers, expected)
         try:
-            return read_completion(content, request.prompt_bytes())
+            return read_completion(self._without_key(answer.content), request.prompt_bytes())
         except MalformedReply as error:
             kind = answer.headers.get("content-type", "no content type")
             raise _Failed(f"status 200 ({kind}) without a usable completion: {error}", may_be_paid=True) from None
@@ -162,9 +166,9 @@ class Client:
             raise _Failed(f"status {status}: {message}", wait=retry_after(error.response.headers))
         if status in (400, 413, 422) and code in DECLINING:
             return Reply(text="", finish=DECLINED, refusal=f"{code}: {message}")
-        raise self._fatal(status, message)
+        raise self._fatal(status, code, message)
 
-    def _fatal(self, status: int, message: str) -> TeacherError:
+    def _fatal(self, status: int, code: str, message: str) -> TeacherError:
         if status in (401, 403):
             source = (
                 f"the Prefect Secret block '{self._endpoint.api_key_block}'" if self._endpoint.api_key_block else self._endpoint.api_key_env
@@ -175,6 +179,8 @@ class Client:
                 wanted=f"a valid key in {source} ({state})",
                 do=f"export {self._endpoint.api_key_env}=..., or set teacher.api_key_env to the variable that holds the key",
             )
+        if code == "unknown_question":
+            return TeacherError(message, do="set teacher.base_url and teacher.model, or synthesis.questions to 'primer' or 'full'")
         if status == 404:
             return TeacherError(
                 f"{self._shown} knows no model '{self._endpoint.model}', or not this path (status 404): {message}",
@@ -182,7 +188,7 @@ class Client:
             )
         return TeacherError(
             f"{self._shown} does not take the request (status {status}): {message}",
-            do="check the sampling parameters: temperature, top_p, seed, max_tokens_key (reasoning models want max_completion_tokens) and extra",
+            do="check temperature, top_p, seed, extra and max_tokens_key (reasoning models want max_completion_tokens)",
         )
 
     def _give_up(self, failure: _Failed, others_pass: bool) -> Exception:
@@ -209,7 +215,10 @@ class Client:
         body = error.body
         said = body.get("message") if isinstance(body, Mapping) else None
         text = said if isinstance(said, str) else body if isinstance(body, str) else json.dumps(body, default=str)
-        return " ".join(self._without_key(text.encode()).decode().split())[:300]
+        return self._clean(text)
+
+    def _clean(self, text: str) -> str:
+        return " ".join(self._without_key(text.encode(errors="replace")).decode().split())[:300]
 
 
 class _Congested(Exception):
@@ -244,20 +253,26 @@ def api_key(endpoint: Endpoint) -> str | None:
     """The key from a Prefect Secret block or the environment; None without one (many local endpoints want none).
 
     Raises:
-        ConfigError: the block cannot be read.
+        ConfigError: the block cannot be read, or what was found cannot be a key.
     """
     if endpoint.base_url == "embedded":
         return None
-    if not endpoint.api_key_block:
-        return os.environ.get(endpoint.api_key_env) or None
+    key = _secret_block(endpoint.api_key_block) if endpoint.api_key_block else os.environ.get(endpoint.api_key_env, "")
+    key = key.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{endpoint.api_key_block or endpoint.api_key_env} holds characters that no key has", do="copy the key again")
+    return key or None
+
+
+def _secret_block(name: str) -> str:
     from prefect.blocks.system import Secret
 
     try:
-        return str(Secret.load(endpoint.api_key_block).get())  # type: ignore[union-attr]
+        return str(Secret.load(name).get())  # type: ignore[union-attr]
     except Exception as error:  # Prefect raises ValueError for a missing block and client errors for a missing server
         raise ConfigError(
-            f"the Prefect Secret block '{endpoint.api_key_block}' cannot be read ({type(error).__name__})",
-            do="create it: prefect block register -m prefect.blocks.system, or in the UI; or remove api_key_block and use the environment",
+            f"the Prefect Secret block '{name}' cannot be read ({type(error).__name__})",
+            do="create it in Prefect's UI or from Python, or remove api_key_block and use the environment",
         ) from None
 
 
@@ -296,6 +311,3 @@ def _connection_fault(error: Exception) -> str:
 def _was_sent(error: Exception) -> bool:
     """Whether the endpoint may have seen the request: not when the connection was never made."""
     return type(error.__cause__).__name__ not in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "InvalidURL")
-
-
-__all__ = ["BudgetSpent", "Client", "Stopped", "Unanswered", "api_key", "request_body", "shown"]

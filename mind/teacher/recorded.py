@@ -18,7 +18,8 @@ from importlib.resources import files
 from typing import Any
 
 from mind.records import ANSWER_LINE
-from mind.teacher.perspectives import perspective_of
+from mind.teacher import llm_judge
+from mind.teacher.perspectives import PROMPTS, perspective_of
 from mind.teacher.wire import ApiError
 
 MODEL = "recorded"
@@ -96,7 +97,8 @@ def complete(body: Any, behaviour: Behaviour) -> dict[str, Any]:
     if body.get("model") != MODEL:
         raise ApiError(404, f"no model {body.get('model')!r} here; this server has '{MODEL}'", code="model_not_found")
     messages = [m for m in body["messages"] if isinstance(m, dict)]
-    text = _reply_text(messages, body, behaviour)
+    judging = any(m.get("content") == llm_judge.SYSTEM for m in messages)
+    text = _judgement(messages) if judging else _reply_text(messages, body, behaviour)
     room = body.get("max_completion_tokens") or body.get("max_tokens") or math.inf
     cut = text if count_tokens(text) <= room else first_tokens(text, int(room))
     prompt_tokens = sum(count_tokens(text_of(m.get("content"))) for m in messages)
@@ -111,9 +113,26 @@ def complete(body: Any, behaviour: Behaviour) -> dict[str, Any]:
     }
 
 
+def _judgement(messages: list[dict[str, Any]]) -> str:
+    """As the LLM judge: full marks for a recorded rationale of the perspective that was asked for."""
+    rationales = _find(messages).rationales
+    text = "\n".join(text_of(m.get("content")) for m in messages if m.get("role") == "user")
+    wanted = next((p for p, prompt in PROMPTS.items() if prompt in text), DEFAULT_PERSPECTIVE)
+    found = next((p for p, rationale in rationales.items() if rationale in text), None)
+    why = "a recorded rationale" if found else "not a recorded rationale"
+    return json.dumps({"why": why, "steps": 5 if found else 1, "fidelity": 5 if found == wanted else 1})
+
+
 def _reply_text(messages: list[dict[str, Any]], body: Mapping[str, Any], behaviour: Behaviour) -> str:
+    entry = _find(messages)
+    perspective = asked_perspective(messages)
+    wrong = share("wrong", behaviour.seed, entry.id, perspective, body.get("seed")) < behaviour.wrong_rate
+    return entry.reply(perspective, wrong)
+
+
+def _find(messages: list[dict[str, Any]]) -> Entry:
     try:
-        entry = starter_corpus().find(messages)
+        return starter_corpus().find(messages)
     except UnknownQuestion:
         raise ApiError(
             404,
@@ -121,9 +140,6 @@ def _reply_text(messages: list[dict[str, Any]], body: Mapping[str, Any], behavio
             "and found none of them in the messages; ask a real endpoint (teacher.base_url) about your own questions",
             code="unknown_question",
         ) from None
-    perspective = asked_perspective(messages)
-    wrong = share("wrong", behaviour.seed, entry.id, perspective, body.get("seed")) < behaviour.wrong_rate
-    return entry.reply(perspective, wrong)
 
 
 def _choice(index: int, text: str, finish: str) -> dict[str, Any]:

@@ -13,13 +13,14 @@ starlette and uvicorn are imported when a server is built, not with this module.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import random
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -146,18 +147,21 @@ async def _events(completion: dict[str, Any], with_usage: bool) -> AsyncIterator
 # -------------------------------------------------------------------- serving
 
 
-def serve(host: str = "127.0.0.1", port: int = 8080, behaviour: Behaviour | None = None, say: Callable[[str], None] = print) -> None:
-    """Serve until interrupted; says its address once it listens.
+def serve(host: str = "127.0.0.1", port: int = 8765, **behaviour: Any) -> None:
+    """Serve until Ctrl-C; prints its address once it listens.
+
+    Args:
+        port: 0 for any free one.
+        behaviour: fields of `Behaviour`.
 
     Raises:
         TeacherError: the address cannot be used.
     """
-    behaviour = behaviour or Behaviour()
     sock = _listen(host, port)
-    base_url = _base_url(sock)
     questions = len(starter_corpus().entries)
-    say(f"teacher '{MODEL}' at {base_url}: {questions} recorded questions, {len(PERSPECTIVES)} perspectives. Ctrl-C stops it.")
-    _server(Endpoint(behaviour)).run(sockets=[sock])
+    print(f"teacher '{MODEL}' at {_base_url(sock)}: {questions} questions, {len(PERSPECTIVES)} perspectives; Ctrl-C stops it", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        _server(Endpoint(Behaviour(**behaviour))).run(sockets=[sock])
 
 
 @contextmanager

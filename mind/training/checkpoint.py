@@ -1,4 +1,4 @@
-"""A run's whole state on disk, for a run that is killed and goes on. Called by the loop; a folder holds one run, `step-00000050.pt` and so on.
+"""A run's whole state on disk, for a run that is killed and goes on. Called by the loop; a folder holds one run: `step-00000050.pt`, ...
 
 A file is written aside, hashed, and renamed, so it is whole or absent; its sha256 lies beside it. A damaged file is passed over for the
 one before it. Files are read as tensors and plain containers only, never as code.

@@ -164,6 +164,15 @@ def padded(model: nn.Module, groups: Sequence[Group]) -> Outputs:
     return _run(model, {"input_ids": ids, "attention_mask": mask}, groups, where, prompts)
 
 
+def view_states(model: nn.Module, group: Group) -> Tensor:
+    """(S, H) float32: mean last hidden state of each view's fed tokens, as `Outputs.view_features`, without any logits."""
+    row, device = _pack(group), _device(model)
+    ids, positions, blocks = (torch.tensor([values], device=device) for values in (row.ids, row.positions, row.blocks))
+    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": _block_mask(blocks, _dtype(model))}
+    hidden = _decoder(model)(**inputs, use_cache=False).last_hidden_state
+    return _pool(hidden.flatten(0, 1), [view[1:] for view in row.predicting])
+
+
 LAYOUTS: dict[str, Callable[[nn.Module, Sequence[Group]], Outputs]] = {"packed": packed, "padded": padded}
 
 

@@ -88,7 +88,6 @@ def make_tunable(model: Any, student: config.Student, training: config.Training)
     """The model with what is to be learnt marked: LoRA adapters, or all weights (then kept in float32)."""
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.config.use_cache = False
     if student.tuning == "full":
         return model.float().requires_grad_(True)
     from peft import LoraConfig, get_peft_model
