@@ -293,9 +293,16 @@ class Evaluation(Settings):
 class Latent(Settings):
     """Hidden states of held-out rationales, clustered and drawn (method, section 6)."""
 
-    questions: int = Field(default=24, ge=0)  # 0 = skip
-    components: PositiveInt = 16  # upper bound of the Dirichlet-process mixture
-    pca: PositiveInt = 16
+    questions: int = Field(default=24, ge=0)  # 0 = skip; else at least 4
+    components: int = Field(default=16, ge=2)  # upper bound of the Dirichlet-process mixture
+    pca: int = Field(default=8, ge=2)  # above 8, a few hundred points no longer show eight planted clusters (docs/latent.md)
+
+    @field_validator("questions")
+    @classmethod
+    def _enough(cls, questions: int) -> int:
+        if 0 < questions < 4:
+            raise ValueError("too few to tell anything; wanted at least 4, or 0 to skip the analysis")
+        return questions
 
 
 # ----------------------------------------------------------------- the whole

@@ -212,6 +212,7 @@ def _gold_number(text: str) -> str | None:
 _LEADING = re.compile(r"^(?:option |choice )?[(\[]?(?P<letter>[A-Za-z])(?:[)\].:]+(?:\s+(?P<rest>.*))?|\s*)$", re.IGNORECASE)
 _LETTER = re.compile(r"(?<![A-Za-z'])(?:\(([A-Za-z])\)|([A-Z])(?![A-Za-z'-]))")
 _ARTICLE = re.compile(r"A (?!because\b|since\b|as\b|for\b|and\b|or\b|is\b)[a-z]")
+_DENIED = re.compile(r"\b(?:not|isn't)\s+(?:option )?\(?[A-Z]\b")
 
 
 def _words(text: str) -> str:
@@ -245,6 +246,8 @@ def _named(line: str, choices: Sequence[str]) -> str | None:
     if whole := _is(line, choices):
         return whole
     bare, options = _bare(line), _options(choices)
+    if _DENIED.search(bare):
+        return None
     articles = {found.start() for found in _ARTICLE.finditer(bare)}
     named = {(found[1] or found[2]).upper() for found in _LETTER.finditer(bare) if found.start() not in articles} & set(options)
     if named:

@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mind import tracking
-from mind.config import Tracking
+from mind import doctor, tracking
+from mind.config import Tracking, validate
 from mind.errors import MindError, PassingError
 from mind.workspace import Workspace
 
@@ -151,6 +151,11 @@ def test_a_finished_run_is_continued_only_when_asked_and_then_new_values_superse
     assert second != first
     assert tracking.find_run(workspace, Tracking(), "f") == second
     assert tracking.find_run(workspace, Tracking(), "another") is None
+
+
+def test_the_doctor_counts_the_runs(race: SimpleNamespace) -> None:
+    (check,) = doctor._tracking(validate({}), Workspace(race.root))
+    assert check.ok and check.found.endswith(": 3 runs")
 
 
 def test_looking_for_a_run_makes_no_database(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from mind.errors import StudentError
 
@@ -63,17 +64,22 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Write the de-quantised model and its tokenizer to `folder`: whole or not at all, also with two processes at it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it advises another dtype, which would change the weights' bytes
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as partial:
         out = Path(partial) / "whole"
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
         # de-quantised weights are ordinary weights: drop the marks that forbid saving them
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
+        logging.set_verbosity(level)
         try:
             out.replace(folder)
         except OSError:  # another process was first, or an incomplete folder stands there

@@ -5,6 +5,7 @@ A student is the embedded `smollm2-135m`, a hub id or a local folder. Weights ar
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,13 @@ def load_student(settings: config.Student, trained: Path | None = None, device: 
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     folder, identity = find_student(settings)
     adapter = trained / ADAPTER if trained and (trained / ADAPTER).is_dir() else None
     weights = trained / MODEL if trained and (trained / MODEL).is_dir() else folder
     names = trained / TOKENIZER if trained and (trained / TOKENIZER).is_dir() else folder
+    disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(names, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
@@ -77,6 +80,28 @@ def load_student(settings: config.Student, trained: Path | None = None, device: 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LoadedStudent(model.to(device) if device is not None else model, tokenizer, identity)
+
+
+def save_student(student: LoadedStudent, settings: config.Student, folder: Path) -> None:
+    """Write what `load_student(trained=folder)` reads: adapter/ or model/, and tokenizer/. Equal students give equal bytes."""
+    if settings.tuning == "lora":
+        for adapter in student.model.peft_config.values():
+            adapter.base_model_name_or_path = settings.name  # not the folder of this machine's cache
+        student.model.save_pretrained(folder / ADAPTER, safe_serialization=True)
+        (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # an empty model card
+        _sort_lists(folder / ADAPTER / "adapter_config.json")
+    else:
+        import torch
+
+        student.model.to(getattr(torch, settings.dtype)).save_pretrained(folder / MODEL)
+    student.tokenizer.save_pretrained(folder / TOKENIZER)
+
+
+def _sort_lists(path: Path) -> None:
+    """PEFT writes sets in the order of this process's hash seed."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in content.items()}
+    path.write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _merged(model: Any, adapter: Path) -> Any:

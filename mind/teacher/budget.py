@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mind.config import Budget, Price
@@ -92,6 +92,15 @@ class Wallet:
     async def lose(self, call: int | None) -> None:
         """The call may have been paid though no reply came: its worst case stays written down."""
         await self._closed(call)
+
+    def book_prefix(self, connection: sqlite3.Connection, charges: Sequence[Charge]) -> tuple[int, int | None]:
+        """Book as many of `charges` together, from the first, as there is room for: how many, and the number of the booking."""
+        spent, total, count = read_spent(connection), Charge(requests=0), 0
+        for charge in charges:
+            if not has_room(spent, total + charge, self._budget):
+                break
+            total, count = total + charge, count + 1
+        return count, booking(total, self._budget)(connection) if count else None
 
     async def _try(self, charge: Charge) -> int | None:
         return await asyncio.wrap_future(self._cache.write(booking(charge, self._budget)))

@@ -129,8 +129,8 @@ class ReplyCache:
         try:
             with transaction(connection):
                 results = [job(connection) for job, _ in jobs]
-        except sqlite3.Error as error:
-            fault = self._fault(error)
+        except Exception as error:  # whatever it is belongs to those who wait; this thread must go on
+            fault = self._fault(error) if isinstance(error, sqlite3.Error) else error
             for _, future in jobs:
                 if future.set_running_or_notify_cancel():
                     future.set_exception(fault)

@@ -1,0 +1,489 @@
+"""A student and held-out rationales -> do the perspectives lie apart in its hidden states? Called by stages.evaluate and `mind compare`.
+
+What is clustered is the mean last hidden state of a rationale's tokens, given its question. Such states are first of all about the
+question (in SmolLM2-135M no mixture sees the perspectives through it), so the mean over a question's rationales is taken away, each
+dimension is brought to unit variance, and the first principal components are left. On them a Dirichlet-process mixture says how many
+kinds of rationale there are without being told, and the measures say how well these kinds are the perspectives. docs/latent.md
+explains every number.
+
+Letters: N rationales, Q questions, P perspectives, C components of the mixture, D draws, H width.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mind import config
+from mind.errors import DataError
+from mind.outputs import digest_bytes
+from mind.progress import bar
+from mind.prompts import student_ids, student_prompt
+from mind.records import PERSPECTIVES, Example, Question, Rationale, read_jsonl, read_questions
+from mind.workspace import Workspace
+
+Array = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+FEWEST_QUESTIONS = 4
+BOOTSTRAPS = 1000  # resamples of the questions behind an interval
+PERMUTATIONS = 200  # shuffles of the perspectives behind a chance level
+REFITS = 19  # mixtures fitted to structureless points: the chance level of the number of components
+STARTS = 2  # of a mixture, the best kept
+MAP, STATES = "latent.csv", "latent.npy"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A value with its 95 % bootstrap interval, its mean by chance alone, and how often chance does as well (p)."""
+
+    value: float
+    low: float
+    high: float
+    chance: float
+    p: float
+
+
+@dataclass(frozen=True)
+class LatentMap:
+    """The rationales in the student's latent space; rows of all fields belong together, those of a question are neighbours."""
+
+    questions: tuple[str, ...]  # (N,) ids
+    perspectives: tuple[str, ...]  # (N,)
+    states: Array  # (N, H) mean last hidden states
+    clusters: Ints  # (N,) component of the mixture
+    silhouettes: Array  # (N,) in [-1, 1]: nearer to its own perspective (1) or to another one (-1)
+    coordinates: Array  # (N, 2) t-SNE; only who is near whom means something
+
+    def write(self, folder: Path) -> None:
+        """Leave `latent.csv` (one row a rationale) and `latent.npy` (states, float16) in a report."""
+        with (folder / MAP).open("w", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(["question", "perspective", "cluster", "silhouette", "x", "y"])
+            for q, p, c, s, (x, y) in zip(
+                self.questions, self.perspectives, self.clusters, self.silhouettes, self.coordinates, strict=True
+            ):
+                rows.writerow([q, p, c, f"{s:.5f}", f"{x:.4f}", f"{y:.4f}"])
+        np.save(folder / STATES, self.states.astype(np.float16))
+
+
+@dataclass(frozen=True)
+class LatentReport:
+    map: LatentMap
+    components: Measure  # effective number of components: exp of the entropy of their shares
+    ari: Measure  # adjusted Rand index of components and perspectives
+    nmi: Measure  # normalised mutual information of the same
+    purity: Measure  # share of rationales in a component that is mostly of their own perspective
+    silhouette: Measure  # mean silhouette of the perspectives, without the mixture
+    variance: Mapping[str, float]  # shares of the states' variance: question, perspective, rest
+
+    @property
+    def sentence(self) -> str:
+        return _describe(self)
+
+    def metrics(self) -> dict[str, Any]:
+        """The group `latent` of metrics.json."""
+        measures = {name: getattr(self, name) for name in ("components", "ari", "nmi", "purity", "silhouette")}
+        return {
+            "questions": len(set(self.map.questions)),
+            "rationales": len(self.map.questions),
+            **{name: {key: round(value, 5) for key, value in vars(measure).items()} for name, measure in measures.items()},
+            "variance": {name: round(share, 5) for name, share in self.variance.items()},
+            "sentence": self.sentence,
+        }
+
+
+@dataclass(frozen=True)
+class Change:
+    """A student's latent space beside that of another one (as a rule the base student), on the same rationales."""
+
+    silhouette: float  # difference of the mean silhouettes
+    low: float  # its 95 % interval, paired bootstrap over questions
+    high: float
+    drift: float  # 1 - CKA: 0 the same geometry, 1 nothing in common
+
+    @property
+    def sentence(self) -> str:
+        said = "more separable than" if self.low > 0 else "less separable than" if self.high < 0 else "as separable as"
+        return (
+            f"The perspectives are {said} in the base student (silhouette {self.silhouette:+.2f}, "
+            f"95 % interval {self.low:+.2f} to {self.high:+.2f}); its geometry has drifted by {self.drift:.2f} (1 - CKA)."
+        )
+
+
+# ---------------------------------------------------------------- rationales
+
+
+def held_out_examples(workspace: Workspace, settings: config.Config) -> list[Example]:
+    """Rationales that the student was not trained on, `latent.questions` questions of them.
+
+    Taken from what the judge accepted and the snapshot left out. Where that is too little, from the recorded starter corpus that is
+    in the package, so that the analysis never needs a network: first from the set that was trained on (primer or full), then from
+    the other. Which questions are taken depends on nothing but their ids.
+
+    Raises:
+        DataError: rationales/ or dataset/ is missing or malformed.
+    """
+    wanted = settings.latent.questions
+    training = list(read_jsonl(workspace.dataset / "train.jsonl", Example))
+    left = _left_out(workspace, {example.id for example in training})
+    if len(left) >= wanted:
+        return sorted(left, key=lambda example: (-len(example.views), _lot(example)))[:wanted]
+    return _starter(settings, {_plain(example.question) for example in training})[:wanted]
+
+
+def _left_out(workspace: Workspace, trained: set[str]) -> list[Example]:
+    """Questions with two accepted views or more that are not in the dataset."""
+    views: dict[str, dict[str, str]] = {}
+    for row in read_jsonl(workspace.rationales / "rationales.jsonl", Rationale):
+        if row.accepted and row.question_id not in trained:
+            views.setdefault(row.question_id, {})[row.perspective] = row.text
+    questions = read_questions(workspace.rationales / "questions.jsonl")
+    return [_example(question, views[question.id]) for question in questions if len(views.get(question.id, ())) > 1]
+
+
+def _starter(settings: config.Config, trained: set[str]) -> list[Example]:
+    from mind.teacher.recorded import starter_corpus  # late: only who has nothing else held out needs the corpus
+
+    entries = [entry for entry in starter_corpus().entries if _plain(entry.question) not in trained]
+    primer = settings.synthesis.questions == "primer"
+    examples = [_example(Question(id=e.id, question=e.question, answer=e.answer), e.rationales) for e in entries]
+    return sorted(examples, key=lambda example: (example.id.startswith("primer") != primer, _lot(example)))
+
+
+def _example(question: Question, views: Mapping[str, str]) -> Example:
+    ordered = {name: views[name] for name in PERSPECTIVES if name in views}
+    return Example(**question.model_dump(exclude={"difficulty"}), difficulty=0, views=ordered)  # difficulty: the analysis has no use for it
+
+
+def _lot(example: Example) -> str:
+    return digest_bytes(example.id.encode())
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+# ------------------------------------------------------------------ analysis
+
+
+def analyse(model: Any, tokenizer: Any, examples: Sequence[Example], settings: config.Latent, seed: int) -> LatentReport:
+    """Hidden states of the examples' rationales, clustered, measured and laid out. The same seed gives the same report.
+
+    Raises:
+        DataError: too few questions with two views or more to tell anything.
+    """
+    examples = [example for example in examples if len(example.views) > 1]
+    if len(examples) < FEWEST_QUESTIONS:
+        raise DataError(
+            f"latent analysis: {len(examples)} held-out questions with two perspectives or more",
+            wanted=f"at least {FEWEST_QUESTIONS}",
+            do="raise latent.questions, or set it to 0 to skip the analysis",
+        )
+    states = hidden_states(model, tokenizer, examples)
+    rows = [(example.id, name) for example in examples for name in example.views]
+    questions, perspectives = zip(*rows, strict=True)
+    return measure(states, questions, perspectives, settings, seed)
+
+
+def hidden_states(model: Any, tokenizer: Any, examples: Sequence[Example]) -> Array:
+    """Mean last hidden state over each rationale's tokens, its question before it: (N, H), example by example, view by view."""
+    import torch
+
+    from mind.training.layout import Group, Response, view_states
+
+    model.eval()
+    found = []
+    with torch.inference_mode(), bar("latent analysis", len(examples), "questions") as shown:
+        for example in examples:
+            prompt = student_ids(tokenizer, student_prompt(example.question, example.kind, example.choices))
+            bodies = [tokenizer(text.strip(), add_special_tokens=False)["input_ids"] for text in example.views.values()]
+            ended = [Response((*ids, tokenizer.eos_token_id), (len(ids), len(ids))) for ids in bodies]  # a view's last token is never fed
+            found.append(view_states(model, Group(tuple(prompt), tuple(ended))).double().cpu().numpy())
+            shown.advance()
+    return np.concatenate(found)
+
+
+def measure(states: Array, questions: Sequence[str], perspectives: Sequence[str], settings: config.Latent, seed: int) -> LatentReport:
+    """The whole analysis of given states.
+
+    Args:
+        states: (N, H); rows of a question stand together.
+        questions, perspectives: (N,) what each row is.
+    """
+    assert len(states) == len(questions) == len(perspectives), (states.shape, len(questions), len(perspectives))
+    names = [name for name in PERSPECTIVES if name in perspectives]
+    labels = np.array([names.index(name) for name in perspectives])  # (N,)
+    places = {question: place for place, question in enumerate(dict.fromkeys(questions))}
+    groups = np.array([places[question] for question in questions])  # (N,) ascending
+    random = np.random.default_rng(seed)
+
+    points = reduce(without_question(states, groups), settings.pca)
+    clusters = mixture(points, settings.components, seed)
+    distances = np.sqrt(((points[:, None] - points[None]) ** 2).sum(-1))  # (N, N)
+    near = silhouettes(distances, labels)
+
+    draws = random.multinomial(len(places), np.full(len(places), 1 / len(places)), size=BOOTSTRAPS)  # (D, Q): the questions of a resample
+    shuffled = shuffle_within(labels, groups, random)  # (D, N)
+    tables = contingency(clusters, labels, groups)  # (Q, C, P)
+    found = agreement(tables.sum(0)[None])
+    resampled = agreement(np.einsum("dq,qcp->dcp", draws, tables))
+    by_chance = agreement(np.stack([contingency(clusters, other, np.zeros_like(groups))[0] for other in shuffled]))
+    measures = {name: _measure(found[name][0], resampled[name], by_chance[name]) for name in ("ari", "nmi", "purity")}
+    refits = [mixture(columns_shuffled(points, random), settings.components, seed) for _ in range(REFITS)]
+    structureless = [np.exp(_entropy(np.bincount(refit).astype(float))) for refit in refits]
+    return LatentReport(
+        map=LatentMap(tuple(questions), tuple(perspectives), states, clusters, near, lay_out(points, seed)),
+        components=_measure(found["components"][0], resampled["components"], np.array(structureless)),
+        silhouette=_measure(
+            near.mean(),
+            _means(near, groups, draws),
+            np.array([silhouettes(distances, other).mean() for other in shuffled]),
+        ),
+        variance=variance_shares(states, groups, labels),
+        **measures,
+    )
+
+
+def against(variant: LatentMap, base: LatentMap, seed: int = 0) -> Change:
+    """How a student's latent space differs from another one's.
+
+    Raises:
+        DataError: the two maps are of different rationales.
+    """
+    if (variant.questions, variant.perspectives) != (base.questions, base.perspectives):
+        raise DataError(
+            "two latent maps of different rationales", wanted="the same held-out rationales", do="run `mind evaluate` for both again"
+        )
+    places = {question: place for place, question in enumerate(dict.fromkeys(base.questions))}
+    groups = np.array([places[question] for question in base.questions])
+    draws = np.random.default_rng(seed).multinomial(len(places), np.full(len(places), 1 / len(places)), size=BOOTSTRAPS)
+    difference = variant.silhouettes - base.silhouettes
+    low, high = np.quantile(_means(difference, groups, draws), [0.025, 0.975])
+    return Change(float(difference.mean()), float(low), float(high), 1 - cka(variant.states, base.states))
+
+
+def read_map(folder: Path) -> LatentMap | None:
+    """The map that a report holds; None where the analysis was skipped.
+
+    Raises:
+        DataError: a damaged file.
+    """
+    try:
+        with (folder / MAP).open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        states = np.load(folder / STATES).astype(float)
+        column = {name: [row[name] for row in rows] for name in ("question", "perspective", "cluster", "silhouette", "x", "y")}
+        return LatentMap(
+            tuple(column["question"]),
+            tuple(column["perspective"]),
+            states,
+            np.array(column["cluster"], int),
+            np.array(column["silhouette"], float),
+            np.array([column["x"], column["y"]], float).T,
+        )
+    except FileNotFoundError:
+        return None
+    except (KeyError, ValueError, OSError) as error:
+        raise DataError(f"{folder / MAP} is damaged: {error}", do=f"delete {folder} and run `mind evaluate` again") from None
+
+
+# ------------------------------------------------------- pure steps on arrays
+
+
+def without_question(states: Array, groups: Ints) -> Array:
+    """(N, H) -> (N, H): less the mean of the question's rationales, each dimension of unit variance."""
+    rest = states - _group_means(states, groups)[groups]
+    spread = rest.std(axis=0)
+    return rest / np.where(spread > 0, spread, 1)
+
+
+def reduce(points: Array, components: int) -> Array:
+    """First principal components, scaled together to unit variance of the first: (N, H) -> (N, at most `components`)."""
+    from sklearn.decomposition import PCA
+
+    kept = min(components, len(points) - 1, points.shape[1])
+    reduced = PCA(kept, svd_solver="full").fit_transform(points)
+    return reduced / (reduced[:, 0].std() or 1)
+
+
+def mixture(points: Array, components: int, seed: int) -> Ints:
+    """Component of each point in a Dirichlet-process mixture of round Gaussians, (N,); at most `components` of them.
+
+    Round ones, because on 192 points full covariances find 14 components in noise; these find one (docs/log.md).
+    """
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import BayesianGaussianMixture
+
+    fit = BayesianGaussianMixture(
+        n_components=min(components, len(points)),
+        covariance_type="spherical",
+        weight_concentration_prior_type="dirichlet_process",
+        n_init=STARTS,
+        max_iter=300,
+        reg_covar=1e-3,
+        random_state=seed,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # points that are all the same have fewer distinct starts than components
+        return np.asarray(fit.fit_predict(points), dtype=np.int64)
+
+
+def lay_out(points: Array, seed: int) -> Array:
+    """t-SNE coordinates, (N, 2)."""
+    from sklearn.manifold import TSNE
+
+    perplexity = min(20.0, (len(points) - 1) / 3)
+    if points.shape[1] < 2:
+        points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
+    return np.asarray(TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points), dtype=np.float64)
+
+
+def silhouettes(distances: Array, labels: Ints) -> Array:
+    """Silhouette of each point (Rousseeuw 1987) given all distances: (N, N), (N,) -> (N,)."""
+    from sklearn.metrics import silhouette_samples
+
+    return np.asarray(silhouette_samples(distances, labels, metric="precomputed"), dtype=np.float64)
+
+
+def contingency(clusters: Ints, labels: Ints, groups: Ints) -> Array:
+    """How many rationales of each question lie in component c and have perspective p: (Q, C, P)."""
+    counts = np.zeros((groups.max() + 1, clusters.max() + 1, labels.max() + 1))
+    np.add.at(counts, (groups, clusters, labels), 1)
+    return counts
+
+
+def agreement(tables: Array) -> dict[str, Array]:
+    """Tables of components by perspectives (D, C, P) -> adjusted Rand index, NMI, purity, effective components; (D,) each."""
+    n = tables.sum((1, 2))  # (D,)
+    by_cluster, by_label = tables.sum(2), tables.sum(1)  # (D, C), (D, P)
+    pairs = _pairs(tables).sum((1, 2))
+    in_cluster, in_label = _pairs(by_cluster).sum(1), _pairs(by_label).sum(1)
+    expected = in_cluster * in_label / _pairs(n)
+    best = (in_cluster + in_label) / 2
+    of_cluster, of_label = _entropy(by_cluster), _entropy(by_label)
+    shared = of_cluster + of_label - _entropy(tables.reshape(len(tables), -1))
+    return {
+        "ari": (pairs - expected) / (best - expected),
+        "nmi": 2 * shared / (of_cluster + of_label),
+        "purity": tables.max(2).sum(1) / n,
+        "components": np.exp(of_cluster),
+    }
+
+
+def shuffle_within(labels: Ints, groups: Ints, random: np.random.Generator) -> Ints:
+    """Perspectives shuffled among the rationales of each question, PERMUTATIONS times: (D, N). `groups` must be ascending."""
+    assert (np.diff(groups) >= 0).all(), "rows of a question must stand together"
+    order = np.argsort(groups + random.random((PERMUTATIONS, len(groups))), axis=1)
+    return labels[order]
+
+
+def columns_shuffled(points: Array, random: np.random.Generator) -> Array:
+    """Points without structure: each coordinate keeps its values, but not which point they belong to."""
+    return np.stack([random.permutation(column) for column in points.T], axis=1)
+
+
+def variance_shares(states: Array, groups: Ints, labels: Ints) -> dict[str, float]:
+    """Shares of the states' variance: between questions, between perspectives within a question, and the rest; they sum to 1."""
+    centered = states - states.mean(0)
+    total = (centered**2).sum()
+    if total == 0:
+        return {"question": 0.0, "perspective": 0.0, "rest": 1.0}
+    within = states - _group_means(states, groups)[groups]
+    rest = within - _group_means(within, labels)[labels]
+    left, unexplained = (within**2).sum() / total, (rest**2).sum() / total
+    return {"question": float(1 - left), "perspective": float(left - unexplained), "rest": float(unexplained)}
+
+
+def cka(ours: Array, theirs: Array) -> float:
+    """Linear centred kernel alignment of two sets of states of the same rows (Kornblith et al. 2019), debiased.
+
+    1 for equal geometry (up to rotation and scale), about 0 for unrelated ones: the debiased HSIC of Song et al. (2012), because
+    the plain estimate is far above 0 by chance when there are more dimensions than rows.
+
+    Args:
+        ours, theirs: (N, H) and (N, H'), N >= 4.
+    """
+    assert len(ours) == len(theirs) >= 4, (ours.shape, theirs.shape)
+    first, second = _kernel(ours), _kernel(theirs)
+    scale = np.sqrt(_hsic(first, first) * _hsic(second, second))
+    return float(min(1.0, _hsic(first, second) / scale)) if scale > 0 else 0.0
+
+
+def _kernel(states: Array) -> Array:
+    """Linear kernel of centred states, without its diagonal: (N, H) -> (N, N)."""
+    centered = states - states.mean(0)
+    kernel = centered @ centered.T
+    np.fill_diagonal(kernel, 0)
+    return np.asarray(kernel)
+
+
+def _hsic(first: Array, second: Array) -> float:
+    """Unbiased HSIC, up to the factor 1 / (N (N - 3)) that cancels in CKA."""
+    n = len(first)
+    row, column = first.sum(0), second.sum(0)
+    return float((first * second).sum() + row.sum() * column.sum() / ((n - 1) * (n - 2)) - 2 * (row @ column) / (n - 2))
+
+
+def _group_means(values: Array, groups: Ints) -> Array:
+    """Mean row of each group: (N, H) -> (groups, H)."""
+    sums = np.zeros((groups.max() + 1, values.shape[1]))
+    np.add.at(sums, groups, values)
+    return np.asarray(sums / np.bincount(groups)[:, None])
+
+
+def _means(values: Array, groups: Ints, draws: Ints) -> Array:
+    """Mean of `values` (N,) in each resample of the questions: (D, Q) -> (D,)."""
+    sums, counts = np.bincount(groups, values), np.bincount(groups)
+    return np.asarray((draws @ sums) / (draws @ counts))
+
+
+def _pairs(counts: Array) -> Array:
+    return counts * (counts - 1) / 2
+
+
+def _entropy(counts: Array) -> Array:
+    """Entropy in nats of the shares along the last axis."""
+    shares = counts / counts.sum(-1, keepdims=True)
+    return np.asarray(-(shares * np.log(np.where(shares > 0, shares, 1))).sum(-1))
+
+
+def _measure(value: float, resampled: Array, by_chance: Array) -> Measure:
+    """The interval is that of the resamples, moved so that they centre on the value: questions drawn twice agree with themselves."""
+    low, high = np.quantile(resampled, [0.025, 0.975]) - resampled.mean() + value
+    p = (1 + int((by_chance >= value - 1e-12).sum())) / (1 + len(by_chance))
+    return Measure(float(value), float(min(low, value)), float(max(high, value)), float(by_chance.mean()), p)
+
+
+# ------------------------------------------------------------------ in words
+
+GRADES: tuple[tuple[float, str], ...] = ((0.9, "almost perfectly"), (0.65, "clearly"), (0.25, "partly"), (0.0, "hardly"))
+"""What an adjusted Rand index means: above 0.9 excellent, above 0.65 moderate (Steinley 2004); below 0.25 our own word."""
+
+SIGNIFICANT = 0.05
+
+
+def _describe(report: LatentReport) -> str:
+    ari, near, kinds = report.ari, report.silhouette, report.components
+    names = len(set(report.map.perspectives))
+    index = f"adjusted Rand index {ari.value:.2f}"
+    if ari.p < SIGNIFICANT:
+        grade = next(word for least, word in GRADES if max(ari.value, 0.0) >= least)
+        return (
+            f"The {names} perspectives separate {grade}: {kinds.value:.1f} components where noise gives {kinds.chance:.1f}, "
+            f"{index} (95 % interval {ari.low:.2f} to {ari.high:.2f}, chance {ari.chance:.2f})."
+        )
+    if near.p < SIGNIFICANT:
+        return (
+            f"The {names} perspectives lie nearer to their own kind than chance (silhouette {near.value:.2f}, chance {near.chance:.2f}), "
+            f"but form no clusters ({index})."
+        )
+    return f"The {names} perspectives cannot be told apart in the latent space ({index}, chance {ari.chance:.2f})."

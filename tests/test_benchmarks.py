@@ -1,0 +1,286 @@
+"""Benchmarks: every shipped description loads its rows, bad rows are named, a user's file is enough for a new one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mind.benchmarks.contamination import WORDS, contamination
+from mind.benchmarks.loading import FOLDER_VARIABLE, _shuffled, catalogue, load, read_spec
+from mind.errors import ConfigError, DataError, PassingError
+from mind.records import Question
+from mind.workspace import Workspace
+
+STARTERS = {
+    "primer": ("primer-test", 128, "id"),
+    "math": ("test-math", 144, "id"),
+    "choice": ("test-choice", 96, "ood"),
+    "yesno": ("test-yesno", 96, "ood"),
+}
+PUBLIC = {
+    "gsm8k": ("number", "id"),
+    "svamp": ("number", "id"),
+    "math500": ("math", "id"),
+    "csqa": ("choice", "ood"),
+    "strategyqa": ("yesno", "ood"),
+}
+PUBLIC_FOLDER = os.environ.get(FOLDER_VARIABLE)
+OWN = {
+    "title": "Mine",
+    "domain": "ood",
+    "kind": "number",
+    "licence": "MIT",
+    "file": "mine.jsonl",
+    "columns": {"question": "q", "answer": "a"},
+}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """An empty one, which sees no benchmark files of this machine."""
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "data" / "benchmarks").mkdir(parents=True)
+    (tmp_path / "benchmarks").mkdir()
+    return Workspace(tmp_path)
+
+
+def put(workspace: Workspace, file: str, rows: Iterable[Any]) -> Path:
+    path = workspace.data / "benchmarks" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def describe(workspace: Workspace, name: str = "mine", **changes: Any) -> None:
+    spec = {**OWN, **changes}
+    (workspace.benchmarks / f"{name}.yaml").write_text(
+        json.dumps({key: value for key, value in spec.items() if value is not None})
+    )  # JSON is YAML
+
+
+def test_every_shipped_description_is_whole(workspace: Workspace) -> None:
+    specs = {name: read_spec(path) for name, path in catalogue(workspace).items()}
+    assert set(specs) == {*STARTERS, *PUBLIC, "gpqa-diamond"}
+    for name, spec in specs.items():
+        assert (spec.hub is None) == (name in STARTERS)
+
+
+@pytest.mark.parametrize("name", STARTERS)
+def test_the_starter_sets(name: str, workspace: Workspace) -> None:
+    file, count, domain = STARTERS[name]
+    shutil.copy(str(files("mind.starter") / f"{file}.jsonl"), workspace.data / "benchmarks" / f"{name}.jsonl")
+    found = load(name, workspace)
+    assert (len(found.questions), found.domain) == (count, domain)
+    assert all(question.kind == found.kind for question in found.questions)
+    assert len(load(name, workspace, limit=5).questions) == 5
+
+
+@pytest.mark.skipif(not PUBLIC_FOLDER, reason=f"${FOLDER_VARIABLE} names no folder of public benchmark files")
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_public_sets_in_their_hub_schemas(name: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PUBLIC_FOLDER
+    monkeypatch.setenv(FOLDER_VARIABLE, PUBLIC_FOLDER)
+    found = load(name, workspace)
+    kind, domain = PUBLIC[name]
+    assert (found.kind, found.domain) == (kind, domain)
+    assert len(found.questions) >= 100
+
+
+def gpqa(count: int) -> list[dict[str, str]]:
+    return [
+        {
+            "Record ID": f"rec{i}",
+            "Question": f"What is the mass of invented particle {i}?\n",
+            "Correct Answer": f"{i} GeV\n",
+            "Incorrect Answer 1": f"{i + 1} GeV",
+            "Incorrect Answer 2": f"{i + 2} GeV",
+            "Incorrect Answer 3": f"{i + 3} GeV",
+            "Subdomain": "Invented physics",
+            "Explanation": "",
+        }
+        for i in range(count)
+    ]
+
+
+def test_gpqa_from_a_file_of_its_shape(workspace: Workspace) -> None:
+    put(workspace, "gpqa-diamond/train.jsonl", gpqa(60))
+    found = load("gpqa-diamond", workspace)
+    for i, question in enumerate(found.questions):
+        assert question.choices["ABCD".index(question.answer)] == f"{i} GeV"
+    letters = Counter(question.answer for question in found.questions)
+    assert set(letters) == set("ABCD") and max(letters.values()) < 30
+    assert load("gpqa-diamond", workspace).digest == found.digest
+
+
+@given(st.lists(st.text(min_size=1), min_size=4, max_size=4, unique=True), st.permutations([0, 1, 2]))
+def test_the_order_of_options_depends_on_their_texts_alone(options: list[str], order: list[int]) -> None:
+    right, *wrong = options
+    shuffled, letter = _shuffled("q", right, wrong)
+    assert shuffled["ABCD".index(letter)] == right
+    assert _shuffled("q", right, [wrong[i] for i in order]) == (shuffled, letter)
+
+
+def test_gpqa_without_access_says_what_to_do(workspace: Workspace) -> None:
+    with pytest.raises((DataError, PassingError), match="gpqa-diamond.*Idavidrein/gpqa") as caught:
+        load("gpqa-diamond", workspace)
+    assert "data/benchmarks" in str(caught.value)
+
+
+def test_the_same_rows_have_the_same_digest_from_any_kind_of_file(workspace: Workspace) -> None:
+    import pandas
+
+    rows = [{"q": f"What is {i} plus 1?", "a": str(i + 1)} for i in range(4)]
+    put(workspace, "mine.jsonl", rows)
+    pandas.DataFrame(rows).to_parquet(workspace.data / "benchmarks" / "mine.parquet")
+    with (workspace.data / "benchmarks" / "mine.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["q", "a"])
+        writer.writeheader()
+        writer.writerows(rows)
+    digests = set()
+    for kind in ("jsonl", "parquet", "csv"):
+        describe(workspace, file=f"mine.{kind}")
+        digests.add(load("mine", workspace).digest)
+    assert len(digests) == 1
+    put(workspace, "mine.jsonl", [*rows[:-1], {"q": "What is 3 plus 1?", "a": "5"}])
+    describe(workspace)
+    assert load("mine", workspace).digest not in digests
+
+
+def test_a_users_file_wins_over_the_package_and_over_the_shared_folder(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "mine.jsonl").write_text('{"q": "shared?", "a": "1"}\n')
+    monkeypatch.setenv(FOLDER_VARIABLE, str(shared))
+    describe(workspace)
+    assert load("mine", workspace).questions[0].question == "shared?"
+    put(workspace, "mine.jsonl", [{"q": "own?", "a": "1"}])
+    assert load("mine", workspace).questions[0].question == "own?"
+    describe(workspace, "primer")
+    assert load("primer", workspace).questions[0].question == "own?"
+
+
+def test_an_unknown_benchmark_names_the_nearest(workspace: Workspace) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'gsm8k'"):
+        load("gsm8", workspace)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fault"),
+    [
+        ([], "no rows"),
+        ([{"q": "x", "a": "1"}, {"q": "y"}], "row 2: no column 'a'"),
+        ([{"q": "x", "a": None}], "row 1: column 'a' is empty"),
+        ([{"q": " ", "a": "1"}], "row 1: column 'q' is empty"),
+        ([{"q": "x", "a": "a dozen"}], "row 1: column 'a': the answer 'a dozen' is not a number"),
+        ([{"q": "x", "a": "1", "id": "z"}, {"q": "y", "a": "1", "id": "z"}], "row 2: the id 'z' stands twice"),
+        ([["q", "a"]], "row 1: list"),
+    ],
+)
+def test_bad_rows_are_named(rows: list[Any], fault: str, workspace: Workspace) -> None:
+    put(workspace, "mine.jsonl", rows)
+    describe(workspace, columns={"question": "q", "answer": "a", **({"id": "id"} if "stands" in fault else {})})
+    with pytest.raises(DataError) as caught:
+        load("mine", workspace)
+    assert fault in str(caught.value) and "mine.jsonl" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"q": "x", "c": "A or B", "a": "A"}, "holds text"),
+        ({"q": "x", "c": ["one", ""], "a": "A"}, "no list of texts"),
+        ({"q": "x", "c": {"label": ["1", "2"], "text": ["one", "two"]}, "a": "A"}, "labelled 12"),
+        ({"q": "x", "c": ["one", "two"], "a": "C"}, "not one of the letters A, B"),
+    ],
+)
+def test_bad_options_are_named(row: dict[str, Any], fault: str, workspace: Workspace) -> None:
+    put(workspace, "mine.jsonl", [row])
+    describe(workspace, kind="choice", columns={"question": "q", "answer": "a", "choices": "c"})
+    with pytest.raises(DataError, match=fault):
+        load("mine", workspace)
+
+
+def test_broken_json_is_named_by_its_row(workspace: Workspace) -> None:
+    put(workspace, "mine.jsonl", [{"q": "x", "a": "1"}]).open("a").write('{"q": "y", \n')
+    describe(workspace)
+    with pytest.raises(DataError, match="row 2: not JSON"):
+        load("mine", workspace)
+
+
+def test_a_missing_file_says_where_it_was_looked_for(workspace: Workspace) -> None:
+    describe(workspace)
+    with pytest.raises(DataError, match="no file mine.jsonl"):
+        load("mine", workspace)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"domain": "far"}, "domain"),
+        ({"columns": {"question": "q"}}, "columns.answer"),
+        ({"speed": 1}, "speed"),
+        ({"kind": "choice"}, "columns.choices"),
+        ({"answer_pattern": "####"}, "no group"),
+        ({"answer_pattern": "("}, "answer_pattern"),
+        ({"title": None}, "title"),
+    ],
+)
+def test_a_bad_description_is_refused(changes: dict[str, Any], fault: str, workspace: Workspace) -> None:
+    put(workspace, "mine.jsonl", [{"q": "x", "a": "1"}])
+    describe(workspace, **changes)
+    with pytest.raises(ConfigError, match=fault):
+        load("mine", workspace)
+
+
+def test_a_description_that_is_no_yaml_is_refused_with_its_line(workspace: Workspace) -> None:
+    (workspace.benchmarks / "mine.yaml").write_text("title: x\n  domain: [\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml, line \d"):
+        load("mine", workspace)
+
+
+# ---------------------------------------------------------------------- contamination
+
+
+def question(text: str, name: str = "t") -> Question:
+    return Question(id=name, question=text, answer="1")
+
+
+def test_shared_words_are_found_whatever_their_case_and_stops() -> None:
+    training = ["Once upon a time, Ravi set out 7 knives and 6 spoons for supper!"]
+    copy = question("once upon a time ravi set out 7 knives and 6 spoons for supper", "copy")
+    part = question("In the inn Ravi set out 7 knives and 6 spoons. How many?", "part")
+    other = question("In the inn Ravi set out 7 knives and 9 spoons. How many?", "other")
+    found = contamination([copy, part, other], training)
+    assert found.same == ("copy",)
+    assert found.overlap == ("copy", "part")
+
+
+def test_short_questions_must_be_equal() -> None:
+    assert WORDS > 3
+    found = contamination([question("What is 2?", "a"), question("What is 3?", "b")], ["what is 2"])
+    assert found.overlap == found.same == ("a",)
+
+
+def test_the_starter_tests_are_not_in_the_starter_training_sets() -> None:
+    def read(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (files("mind.starter") / f"{name}.jsonl").read_text().splitlines()]
+
+    training = [row["question"] for name in ("primer-train", "train") for row in read(name)]
+    for name in ("primer-test", "test-math", "test-choice", "test-yesno"):
+        found = contamination([question(row["question"], row["id"]) for row in read(name)], training)
+        assert not found.same
+        assert len(found.overlap) <= 3

@@ -1,0 +1,141 @@
+"""Decoding: the answers of `transformers.generate`, however the batch is cut, and an end where the answer line ends."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig, MistralConfig
+from transformers.models.auto import AutoModelForCausalLM
+
+from mind.students import decoding
+from mind.students.decoding import Completion, generate
+from tests import tiny
+
+TOKENS = 40
+WHOLE = 100_000  # batch_tokens that hold every prompt at a time
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny.tokenizer()
+
+
+def prompts(count: int, shared: int = 5, seed: int = 3) -> list[list[int]]:
+    """Token ids of 6 to 60, the first `shared` alike."""
+    draw = random.Random(seed)
+    first = [draw.randrange(256) for _ in range(shared)]
+    return [first + [draw.randrange(256) for _ in range(draw.randrange(1, 55))] for _ in range(count)]
+
+
+def ending(model: Any) -> Any:
+    """The model with such end tokens that its answers end at many lengths."""
+    model.generation_config = GenerationConfig(eos_token_id=[257, *range(0, 256, 16)], pad_token_id=258)
+    return model
+
+
+def one_by_one(model: Any, tokenizer: Any, ids: list[list[int]]) -> list[Completion]:
+    """The oracle: `transformers.generate`, a prompt at a time, without padding or a shared cache."""
+    done = []
+    for prompt in ids:
+        output = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=TOKENS, do_sample=False)
+        written = output[0, len(prompt) :].tolist()
+        done.append(Completion(tokenizer.decode(written, skip_special_tokens=True), len(written)))
+    return done
+
+
+def sliding() -> Any:
+    torch.manual_seed(1)
+    shape = {**tiny.SHAPE, "sliding_window": 16}
+    return AutoModelForCausalLM.from_config(MistralConfig(**shape), attn_implementation="sdpa").eval()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma"])
+def test_equals_transformers(architecture: str, tokenizer: Any) -> None:
+    model = ending(tiny.model(architecture))
+    ids = prompts(12)
+    expected = one_by_one(model, tokenizer, ids)
+    assert len({done.tokens for done in expected}) > 1  # rows leave the batch at different times
+    assert generate(model, tokenizer, ids, max_new_tokens=TOKENS, batch_tokens=WHOLE) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_independent_of_the_batch(rows: int, tokenizer: Any) -> None:
+    model = ending(tiny.model())
+    ids = prompts(17)
+    whole = generate(model, tokenizer, ids, max_new_tokens=TOKENS, batch_tokens=WHOLE)
+    longest = max(map(len, ids)) + TOKENS
+    assert generate(model, tokenizer, ids, max_new_tokens=TOKENS, batch_tokens=rows * longest) == whole
+    assert [generate(model, tokenizer, [one], max_new_tokens=TOKENS, batch_tokens=1)[0] for one in ids[:4]] == whole[:4]
+
+
+@pytest.mark.parametrize("shared", [0, 1, 30])
+def test_independent_of_what_prompts_share(shared: int, tokenizer: Any) -> None:
+    model = ending(tiny.model())
+    ids = prompts(6, shared)
+    assert generate(model, tokenizer, ids, max_new_tokens=TOKENS, batch_tokens=WHOLE) == one_by_one(model, tokenizer, ids)
+
+
+def test_equal_and_nested_and_one_token_prompts(tokenizer: Any) -> None:
+    model = ending(tiny.model())
+    ids = [[7, 8, 9], [7, 8, 9], [7, 8], [7]]
+    assert generate(model, tokenizer, ids, max_new_tokens=TOKENS, batch_tokens=WHOLE) == one_by_one(model, tokenizer, ids)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 250, WHOLE])
+def test_sliding_windows_go_the_plain_way(batch_tokens: int, tokenizer: Any) -> None:
+    model = ending(sliding())
+    ids = prompts(7)
+    assert not decoding._attends_to_all(model.config, 60)
+    assert generate(model, tokenizer, ids, max_new_tokens=TOKENS, batch_tokens=batch_tokens) == one_by_one(model, tokenizer, ids)
+
+
+def test_each_answer_is_reported_once(tokenizer: Any) -> None:
+    seen: dict[int, Completion] = {}
+
+    def on_done(index: int, done: Completion) -> None:
+        assert index not in seen
+        seen[index] = done
+
+    ids = prompts(9)
+    result = generate(ending(tiny.model()), tokenizer, ids, max_new_tokens=TOKENS, batch_tokens=300, on_done=on_done)
+    assert [seen[index] for index in range(len(ids))] == result
+
+
+def test_nothing_asked_nothing_answered(tokenizer: Any) -> None:
+    assert generate(tiny.model(), tokenizer, [], max_new_tokens=TOKENS, batch_tokens=WHOLE) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "ended"),
+    [
+        ("3 + 4 = 7.\nThe answer is 7.\n", True),
+        ("the answer is: yes\n", True),
+        ("The answer is 7.", False),  # 7.5 may follow
+        ("The answer is:\n", False),  # it stands on the next line
+        ("3 + 4 = 7.\n", False),
+    ],
+)
+def test_an_answer_line_ends_the_row_when_its_line_ends(text: str, ended: bool, tokenizer: Any) -> None:
+    ends = decoding._Endings(tiny.model(), tokenizer, max_new_tokens=500)
+    assert ends(tokenizer(text)["input_ids"]) is ended
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_a_student_that_goes_on_is_stopped_after_its_answer(window: int | None, tokenizer: Any) -> None:
+    """A student that learnt by heart to go on after its answer line: what follows the line is neither written nor paid for."""
+    model = sliding() if window else tiny.model()
+    wanted = {"a": "The answer is 5.\n", "b": "Let us see. The answer is 12.\n"}
+    ids = {name: tokenizer(f"{name}: ")["input_ids"] for name in wanted}
+    rows = [ids[name] + tokenizer(text + "And so it goes on")["input_ids"] for name, text in wanted.items()]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for step in range(400):
+        batch = torch.tensor([rows[step % 2]])
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    done = generate(model, tokenizer, list(ids.values()), max_new_tokens=60, batch_tokens=WHOLE)
+    assert done == [Completion(text, len(text)) for text in wanted.values()]

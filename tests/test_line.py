@@ -1,0 +1,158 @@
+"""The whole line with a tiny random student, as a user runs it: the command, DVC, Prefect, MLflow and the embedded teacher are all real.
+
+The tests of this file share one workspace and run in order; each says what a user relies on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from mind import initialise, outputs, versioning
+from mind.records import PERSPECTIVES
+from mind.workspace import Workspace
+from tests import tiny
+
+pytestmark = [pytest.mark.xdist_group("line"), pytest.mark.timeout(600)]
+
+SETTINGS = {
+    "run": {"variants": ["base", "mind", "without-fusion"]},
+    "synthesis": {"limit": 10},
+    "student": {"lora": {"r": 2, "alpha": 4}},
+    "training": {"epochs": 1, "questions_per_step": 2},
+    "evaluation": {"benchmarks": ["primer", "choice", "yesno"], "limit": 3, "max_new_tokens": 8},
+    "latent": {"questions": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    folder = tmp_path_factory.mktemp("line") / "work"
+    student = tiny.save(folder.parent / "student")
+    initialise.make(folder, student=str(student))
+    params = folder / "params.yaml"
+    yaml = YAML()
+    raw = yaml.load(params.read_text())
+    for group, values in SETTINGS.items():
+        raw[group].update(values)
+    yaml.dump(raw, params)
+    return Workspace(folder)
+
+
+def run(workspace: Workspace, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    return subprocess.run([sys.executable, "-m", *command], cwd=workspace.root, capture_output=True, text=True, env=environment)
+
+
+def mind(workspace: Workspace, *args: str) -> str:
+    done = run(workspace, "mind.cli", *args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_one_command_runs_the_line_and_says_what_came_out(workspace: Workspace) -> None:
+    said = mind(workspace, "run")
+    assert "8 stages: 8 ran" in said
+    assert versioning.version_of(workspace.dataset) in said
+    assert "--backend-store-uri" in said and "Traceback" not in said
+    for name in ("base", "mind", "without-fusion"):
+        assert name in said
+    assert (workspace.student("mind") / "adapter" / "adapter_model.safetensors").exists()
+    assert not (workspace.student("base") / "adapter").exists()
+
+
+def test_a_second_run_is_all_cached(workspace: Workspace) -> None:
+    started = time.monotonic()
+    assert "0 ran, 8 cached" in mind(workspace, "run")
+    assert time.monotonic() - started < 60  # under 15 s on a quiet machine (docs/log.md); this one may be loaded
+
+
+def test_dvc_has_nothing_to_do_after_the_flow(workspace: Workspace) -> None:
+    assert "up to date" in run(workspace, "dvc", "status").stdout
+    before = (workspace.root / "dvc.lock").read_text()
+    assert run(workspace, "dvc", "repro").returncode == 0
+    assert (workspace.root / "dvc.lock").read_text() == before
+
+
+def test_the_dataset_version_is_in_every_later_manifest_and_run(workspace: Workspace) -> None:
+    version = versioning.version_of(workspace.dataset)
+    assert version in json.dumps(outputs.read_manifest(workspace.student("mind")))
+    assert version in json.dumps(outputs.read_manifest(workspace.report("mind")))
+    with sqlite3.connect(workspace.root / "mlflow" / "mlflow.db") as database:
+        tags = dict(
+            database.execute(
+                "select t.key, t.value from tags t join runs r on r.run_uuid = t.run_uuid where r.name = 'mind' and t.key like 'mind.%'"
+            )
+        )
+        metrics = {
+            row[0] for row in database.execute("select distinct m.key from metrics m join runs r on r.run_uuid = m.run_uuid where r.name = 'mind'")
+        }
+        status = dict(database.execute("select name, status from runs"))
+        registered = {row[0] for row in database.execute("select alias from registered_model_aliases")}
+    assert tags["mind.dataset"] == version and tags["mind.method"] == "mind" and "mind.fingerprint" in tags
+    assert {"train/loss", "train/consistency", "metanet/loss", "metanet/selected", "eval/primer/accuracy", "eval/primer/ci_low", "eval/ood/accuracy"} <= metrics
+    assert {f"metanet/weight/{p}" for p in PERSPECTIVES} | {f"inertia/filtered/{p}" for p in PERSPECTIVES} <= metrics
+    assert status == dict.fromkeys(("base", "mind", "without-fusion"), "FINISHED")
+    assert {"mind", "without-fusion"} <= registered
+
+
+def test_a_report_has_numbers_predictions_and_pictures(workspace: Workspace) -> None:
+    report = workspace.report("mind")
+    metrics = json.loads((report / "metrics.json").read_text())
+    assert set(metrics["benchmarks"]) == {"primer", "choice", "yesno"}
+    assert all(b["ci_low"] <= b["accuracy"] <= b["ci_high"] for b in metrics["benchmarks"].values())
+    assert len((report / "predictions.jsonl").read_text().splitlines()) == 9
+    assert {"inertia.png", "weights.png", "latent.png"} <= {p.name for p in report.glob("*.png")}
+
+
+def test_compare_speaks_to_people_and_programs(workspace: Workspace) -> None:
+    assert "primer" in mind(workspace, "compare")
+    table = json.loads(run(workspace, "mind.cli", "compare", "--json").stdout)
+    assert "mind" in json.dumps(table)
+    assert "|" in mind(workspace, "compare", "--markdown")
+
+
+def test_tasks_show_the_state_cached(workspace: Workspace) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import TaskRunFilter
+    from prefect.testing.utilities import prefect_test_harness
+
+    from flows.main import mind as flow
+
+    with prefect_test_harness(server_startup_timeout=120):
+        states = flow(workspace.root)
+        with get_client(sync_client=True) as client:
+            shown = {r.name: r.state_name for r in client.read_task_runs(task_run_filter=TaskRunFilter())}
+    assert set(states.values()) == {"up to date"}
+    assert shown == dict.fromkeys(states, "Cached")
+
+
+def test_a_deleted_student_comes_back_without_training(workspace: Workspace) -> None:
+    shutil.rmtree(workspace.student("mind"))
+    assert "distill@mind: restored" in mind(workspace, "distill", "--variant", "mind")
+    assert (workspace.student("mind") / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_other_settings_live_in_a_workspace_of_their_own(workspace: Workspace) -> None:
+    before = outputs.digest_path(workspace.student("mind"))
+    said = mind(workspace, "distill", "--variant", "mind", "--set", "variants.mind.inertia=0")
+    assert "synthesize: restored" in said and "snapshot: restored" in said and "distill@mind: " not in said
+    derived = next((workspace.root / ".mind" / "workspaces").iterdir())
+    assert outputs.digest_path(workspace.student("mind")) == before
+    assert outputs.digest_path(derived / "students" / "mind") != before
+
+
+def test_a_failed_stage_is_said_once_and_loses_nothing(workspace: Workspace) -> None:
+    done = run(workspace, "mind.cli", "run", "--set", "evaluation.benchmarks=[primre]")
+    assert done.returncode == 2
+    assert "primre" in done.stderr and "Traceback" not in done.stderr
+    assert "up to date" in run(workspace, "dvc", "status").stdout
