@@ -284,10 +284,12 @@ class Variant(Settings):
 
 
 class Evaluation(Settings):
-    benchmarks: tuple[str, ...] = ("primer", "choice", "yesno")
+    """What the student is asked, and how it answers: greedily, until its answer line ends."""
+
+    benchmarks: tuple[str, ...] = Field(default=("primer", "choice", "yesno"), min_length=1)
     limit: PositiveInt | None = None  # first N questions of each benchmark
     max_new_tokens: PositiveInt = 256
-    batch_tokens: PositiveInt = 8192
+    batch_tokens: PositiveInt = 16384  # positions held at a time; bounds the memory (0.75 GB for smollm2-135m in float32)
 
 
 class Latent(Settings):

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mind import config
-from mind.errors import DataError
+from mind.errors import DataError, StudentError
 from mind.outputs import digest_bytes
 from mind.progress import bar
 from mind.prompts import student_ids, student_prompt
@@ -178,6 +178,7 @@ def analyse(model: Any, tokenizer: Any, examples: Sequence[Example], settings: c
 
     Raises:
         DataError: too few questions with two views or more to tell anything.
+        StudentError: hidden states that are not finite, the mark of a training that diverged.
     """
     examples = [example for example in examples if len(example.views) > 1]
     if len(examples) < FEWEST_QUESTIONS:
@@ -187,6 +188,8 @@ def analyse(model: Any, tokenizer: Any, examples: Sequence[Example], settings: c
             do="raise latent.questions, or set it to 0 to skip the analysis",
         )
     states = hidden_states(model, tokenizer, examples)
+    if not np.isfinite(states).all():
+        raise StudentError("the student's hidden states are not finite", do="lower training.learning_rate and distill again")
     rows = [(example.id, name) for example in examples for name in example.views]
     questions, perspectives = zip(*rows, strict=True)
     return measure(states, questions, perspectives, settings, seed)
@@ -308,6 +311,8 @@ def reduce(points: Array, components: int) -> Array:
     """First principal components, scaled together to unit variance of the first: (N, H) -> (N, at most `components`)."""
     from sklearn.decomposition import PCA
 
+    if not points.any():
+        return points[:, :components]
     kept = min(components, len(points) - 1, points.shape[1])
     reduced = PCA(kept, svd_solver="full").fit_transform(points)
     return reduced / (reduced[:, 0].std() or 1)
@@ -323,6 +328,8 @@ def mixture(points: Array, components: int, seed: int) -> Ints:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import BayesianGaussianMixture
 
+    if not points.any():
+        return np.zeros(len(points), dtype=np.int64)
     fit = BayesianGaussianMixture(
         n_components=min(components, len(points)),
         covariance_type="spherical",
@@ -341,9 +348,9 @@ def lay_out(points: Array, seed: int) -> Array:
     """t-SNE coordinates, (N, 2)."""
     from sklearn.manifold import TSNE
 
+    if not points.std(axis=0).all():  # without spread scikit-learn divides by zero and takes the process down
+        return np.pad(points, ((0, 0), (0, 1)))[:, :2]
     perplexity = min(20.0, (len(points) - 1) / 3)
-    if points.shape[1] < 2:
-        points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
     return np.asarray(TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points), dtype=np.float64)
 
 

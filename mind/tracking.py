@@ -203,7 +203,7 @@ class Run:
         from mlflow.entities import LoggedModelOutput
 
         tags = {"mind.content": content}
-        model = self._client.create_logged_model(self._experiment, name=re.sub(r"[.%\"']", "-", name), source_run_id=self.id, tags=tags)
+        model = self._client.create_logged_model(self._experiment, name=name.replace(".", "-"), source_run_id=self.id, tags=tags)
         self._client.log_model_artifacts(model.model_id, str(folder))
         self._client.finalize_logged_model(model.model_id, "READY")
         self._client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
@@ -434,7 +434,7 @@ def _param_text(value: Any) -> str:
 
 
 def _registry_name(name: str) -> str:
-    return re.sub(r"[/:]+", "-", name).strip("-")
+    return re.sub(r"[^\w.\-]+", "-", name).strip("-")
 
 
 def _registry_alias(alias: str) -> str:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets.exceptions import DatasetNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mind.benchmarks.contamination import WORDS, contamination
 from mind.benchmarks.loading import FOLDER_VARIABLE, _shuffled, catalogue, load, read_spec
-from mind.errors import ConfigError, DataError, PassingError
+from mind.errors import ConfigError, DataError, MindError, PassingError
 from mind.records import Question
 from mind.workspace import Workspace
 
@@ -50,7 +51,8 @@ OWN = {
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """An empty one, which sees no benchmark files of this machine."""
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for switch in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
+        monkeypatch.setattr(switch, True)
     (tmp_path / "data" / "benchmarks").mkdir(parents=True)
     (tmp_path / "benchmarks").mkdir()
     return Workspace(tmp_path)
@@ -132,10 +134,45 @@ def test_the_order_of_options_depends_on_their_texts_alone(options: list[str], o
     assert _shuffled("q", right, [wrong[i] for i in order]) == (shuffled, letter)
 
 
-def test_gpqa_without_access_says_what_to_do(workspace: Workspace) -> None:
-    with pytest.raises((DataError, PassingError), match="gpqa-diamond.*Idavidrein/gpqa") as caught:
+def test_offline_says_what_to_do(workspace: Workspace) -> None:
+    with pytest.raises(DataError, match="Idavidrein/gpqa is not in the local cache, and HF_HUB_OFFLINE is set") as caught:
         load("gpqa-diamond", workspace)
     assert "data/benchmarks" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "raised", "said"),
+    [
+        ("gpqa-diamond", DatasetNotFoundError("gated"), DataError, "gated, and this machine has no access"),
+        ("gsm8k", DatasetNotFoundError("Dataset 'openai/gsm8k' doesn't exist"), DataError, "doesn't exist"),
+        ("gsm8k", ValueError("Unknown split 'test'"), DataError, "Unknown split"),
+        ("gsm8k", ConnectionError("no route"), PassingError, "the hub does not answer"),
+    ],
+)
+def test_what_the_hub_answers(
+    name: str, error: Exception, raised: type[MindError], said: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(raised, match=said):
+        load(name, workspace)
+
+
+def test_the_hub_is_asked_for_the_pinned_rows(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def answer(*args: Any, **kwargs: Any) -> list[dict[str, str]]:
+        asked.append((args, kwargs))
+        return [{"question": "What is 1 plus 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}]
+
+    monkeypatch.setattr("datasets.load_dataset", answer)
+    assert load("gsm8k", workspace).questions[0].answer == "2"
+    ((args, kwargs),) = asked
+    assert args == ("openai/gsm8k", "main")
+    assert kwargs["split"] == "test" and len(kwargs["revision"]) == 40
 
 
 def test_the_same_rows_have_the_same_digest_from_any_kind_of_file(workspace: Workspace) -> None:

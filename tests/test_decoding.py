@@ -92,6 +92,11 @@ def test_sliding_windows_go_the_plain_way(batch_tokens: int, tokenizer: Any) -> 
     assert generate(model, tokenizer, ids, max_new_tokens=TOKENS, batch_tokens=batch_tokens) == one_by_one(model, tokenizer, ids)
 
 
+def test_long_prompts_do_not_thin_the_batch_of_short_ones() -> None:
+    ids = [[1] * length for length in (20, 300, 30, 250, 25)]
+    assert decoding._of_like_length(ids, 10) == [[1, 3], [2, 4, 0]]
+
+
 def test_each_answer_is_reported_once(tokenizer: Any) -> None:
     seen: dict[int, Completion] = {}
 

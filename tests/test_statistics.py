@@ -24,6 +24,7 @@ def table(both: int, gained: int, lost: int, neither: int) -> tuple[np.ndarray, 
 # ------------------------------------------------------------------- laws
 
 
+@settings(deadline=None)
 @given(st.integers(0, 400), st.integers(0, 400))
 def test_wilson_stays_inside_and_around_the_share(correct: int, wrong: int) -> None:
     n = correct + wrong
@@ -55,6 +56,7 @@ def test_wilson_refuses_impossible_counts(correct: int, n: int) -> None:
         wilson(correct, n)
 
 
+@settings(deadline=None)
 @given(answers)
 def test_a_student_does_not_differ_from_itself(vector: list[bool]) -> None:
     for difference in (paired_difference(vector, vector), macro_difference([(vector, vector), (vector, vector)], draws=200)):
@@ -64,6 +66,7 @@ def test_a_student_does_not_differ_from_itself(vector: list[bool]) -> None:
         assert difference.low <= 0 <= difference.high
 
 
+@settings(deadline=None)
 @given(paired)
 def test_changing_places_changes_only_the_sign(rows: list[tuple[bool, bool]]) -> None:
     ours, theirs = zip(*rows, strict=True)
@@ -74,6 +77,7 @@ def test_changing_places_changes_only_the_sign(rows: list[tuple[bool, bool]]) ->
     assert (there.gained, there.lost) == (back.lost, back.gained)
 
 
+@settings(deadline=None)
 @given(paired)
 def test_difference_is_that_of_the_two_accuracies(rows: list[tuple[bool, bool]]) -> None:
     ours, theirs = map(np.array, zip(*rows, strict=True))
@@ -92,6 +96,7 @@ def test_nothing_compared_says_nothing() -> None:
     assert paired_difference([], []) == Difference(0.0, -1.0, 1.0, 1.0, 0, 0, 0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), max_size=12))
 def test_holm_is_monotone_never_smaller_and_bounded(p_values: list[float]) -> None:
     adjusted = holm(p_values)
@@ -101,6 +106,7 @@ def test_holm_is_monotone_never_smaller_and_bounded(p_values: list[float]) -> No
     assert max(adjusted, default=0) <= min(1, len(p_values) * max(p_values, default=0)) + 1e-12
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.randoms(use_true_random=False))
 def test_holm_does_not_depend_on_the_order(p_values: list[float], random) -> None:  # type: ignore[no-untyped-def]
     shuffled = list(range(len(p_values)))
@@ -108,6 +114,7 @@ def test_holm_does_not_depend_on_the_order(p_values: list[float], random) -> Non
     assert holm([p_values[i] for i in shuffled]) == pytest.approx([holm(p_values)[i] for i in shuffled])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 50), st.integers(0, 50))
 def test_one_benchmark_averages_to_itself(correct: int, wrong: int) -> None:
     n = correct + wrong
@@ -115,6 +122,7 @@ def test_one_benchmark_averages_to_itself(correct: int, wrong: int) -> None:
         assert macro_accuracy([(correct, n)]) == pytest.approx((correct / n, *wilson(correct, n)))
 
 
+@settings(deadline=None)
 @given(paired)
 def test_one_benchmark_compares_as_itself(rows: list[tuple[bool, bool]]) -> None:
     ours, theirs = zip(*rows, strict=True)
@@ -173,6 +181,7 @@ def test_mcnemar_agrees_with_statsmodels(gained: int, lost: int, p: float) -> No
     assert mcnemar(gained, lost) == pytest.approx(p, rel=1e-9)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 80), st.integers(0, 80))
 def test_mcnemar_is_a_fair_coin(gained: int, lost: int) -> None:
     if gained + lost:

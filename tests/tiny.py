@@ -1,7 +1,7 @@
 """A student small enough for every test: random weights, two layers, a byte-level tokenizer. No network, no files of this machine.
 
-    folder = tiny.save(tmp_path / "student")            # loads with config.Student(name=str(folder))
-    student = tiny.load()                               # a LoadedStudent in memory
+folder = tiny.save(tmp_path / "student")            # loads with config.Student(name=str(folder))
+student = tiny.load()                               # a LoadedStudent in memory
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GemmaConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import Gemma2Config, GemmaConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from transformers.models.auto import AutoModelForCausalLM
 
 from mind.records import PERSPECTIVES, Example
@@ -35,7 +35,8 @@ SHAPE = {
     "eos_token_id": 257,
     "pad_token_id": 258,
 }
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma": GemmaConfig}
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma": GemmaConfig, "gemma2": Gemma2Config}
+"""Gemma 2 caps its logits and slides its attention window in every other layer."""
 
 
 def tokenizer() -> Any:
@@ -51,7 +52,7 @@ def tokenizer() -> Any:
 
 def model(architecture: str = "llama", seed: int = 0, **shape: Any) -> Any:
     torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(CONFIGS[architecture](**{**SHAPE, **shape}), attn_implementation="sdpa")
+    made = AutoModelForCausalLM.from_config(CONFIGS[architecture](**{**SHAPE, **shape}))
     with torch.no_grad():
         for parameter in made.parameters():  # the usual 0.02 makes a student that is sure of nothing and hardly sees its context
             if parameter.ndim > 1:

@@ -93,7 +93,7 @@ class Mind(Method):
     def __init__(self, options: config.Mind, setup: Setup) -> None:
         super().__init__(options, setup)
         net = options.metanet
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(setup.seed)
             self.net = MetaNet(setup.width, len(PERSPECTIVES), width=net.width, heads=net.heads, self_attention=options.self_attention)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=net.learning_rate)
@@ -107,7 +107,7 @@ class Mind(Method):
 
     def prepare(self, questions: Sequence[Encoded], forward: Forward) -> None:
         size = self.setup.batch_questions
-        with progress.bar("warm-up", len(questions), "question") as bar:
+        with progress.bar("warm-up", len(questions), "questions") as bar:
             for start in range(0, len(questions), size):
                 self._look(questions[start : start + size], forward, gradient=False)
                 bar.advance(len(questions[start : start + size]))

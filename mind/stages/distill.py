@@ -11,14 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mind import __version__, outputs, tracking
 from mind.config import Config, Resolved, flatten
 from mind.methods import table
 from mind.progress import console
 from mind.records import Example, read_jsonl
-from mind.students.loading import LoadedStudent, find_student, load_student, save_student
+from mind.students.loading import find_student, load_student, save_student
 from mind.training.loop import Trained, train
 from mind.versioning import version_of
 from mind.workspace import Workspace

@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from rich.table import Table
 
-from mind import outputs, tracking
+from mind import latent, outputs, tracking
 from mind.benchmarks.contamination import contamination
 from mind.benchmarks.loading import Benchmark, Domain, load
 from mind.config import Config, Evaluation
@@ -59,6 +59,12 @@ def run(config: Config, workspace: Workspace, variant: str | None) -> None:
         answers = answer(benchmarks, student, weights, config.evaluation, workspace, variant)
         predictions = [graded(benchmark, own) for benchmark, own in zip(benchmarks, answers, strict=True)]
         metrics = measure(benchmarks, predictions, training)
+        if config.latent.questions:
+            found = latent.analyse(
+                student.model, student.tokenizer, latent.held_out_examples(workspace, config), config.latent, config.seed
+            )
+            found.map.write(folder)
+            metrics["latent"] = found.metrics()
         write_jsonl(folder / "predictions.jsonl", [row for rows in predictions for row in rows])
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         inputs = {"student": weights, **{f"benchmark/{benchmark.name}": benchmark.digest for benchmark in benchmarks}}
@@ -69,6 +75,8 @@ def run(config: Config, workspace: Workspace, variant: str | None) -> None:
         with tracking.open_run(workspace, config.tracking, name=variant, fingerprint=fingerprint, resume_finished=True) as tracked:
             tracked.log(scalars(metrics), step=0)
     console.print(table(variant, metrics))
+    if "latent" in metrics:
+        console.print(metrics["latent"]["sentence"])
 
 
 # ------------------------------------------------------------------------ answers
@@ -206,10 +214,14 @@ def _by(benchmark: Benchmark, rows: Sequence[Prediction], name: str, group: Call
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """What MLflow gets: eval/<benchmark>/accuracy, ci_low, ci_high and the like, and the same of the domains."""
+    """What MLflow gets: eval/<benchmark>/accuracy, ci_low, ci_high and the like, the same of the domains, latent/<measure>."""
     shown = ("accuracy", "ci_low", "ci_high", "answer_rate", "mean_tokens")
     groups = {**metrics["benchmarks"], **{domain: metrics[domain] for domain in DOMAINS if domain in metrics}}
-    return {f"eval/{name}/{key}": group[key] for name, group in groups.items() for key in shown if key in group}
+    values = {f"eval/{name}/{key}": group[key] for name, group in groups.items() for key in shown if key in group}
+    measures = {
+        name: measure["value"] for name, measure in metrics.get("latent", {}).items() if isinstance(measure, dict) and "value" in measure
+    }
+    return {**values, **{f"latent/{name}": value for name, value in measures.items()}}
 
 
 def table(variant: str, metrics: Mapping[str, Any]) -> Table:

@@ -10,7 +10,7 @@ Letters: N active rows, L new tokens of a row, T columns in use, H key-value hea
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,11 +62,7 @@ def generate(
     Returns:
         One completion a prompt, in the order of `prompts`; in float32 independent of `batch_tokens` up to ties of the logits.
     """
-    if not prompts:
-        return []
     done: dict[int, Completion] = {}
-    longest = max(map(len, prompts)) + max_new_tokens
-    capacity = max(1, min(len(prompts), batch_tokens // longest))
     ends = _Endings(model, tokenizer, max_new_tokens)
 
     def finish(index: int, tokens: list[int]) -> None:
@@ -74,9 +70,23 @@ def generate(
         if on_done is not None:
             on_done(index, done[index])
 
-    decode = _decode if _attends_to_all(model.config, longest) else _decode_plainly
-    decode(model, prompts, capacity, longest, ends, finish)
+    for group in _of_like_length(prompts, max_new_tokens):
+        longest = len(prompts[group[0]]) + max_new_tokens
+        capacity = max(1, min(len(group), batch_tokens // longest))
+        decode = _decode if _attends_to_all(model.config, longest) else _decode_plainly
+        decode(model, {index: prompts[index] for index in group}, capacity, longest, ends, finish)
     return [done[index] for index in range(len(prompts))]
+
+
+def _of_like_length(prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Indices of the prompts, longest first, cut where one needs less than half the positions of its group's first."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
+        if groups and 2 * (len(prompts[index]) + max_new_tokens) >= len(prompts[groups[-1][0]]) + max_new_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 class _Endings:
@@ -140,15 +150,21 @@ class _Store(Cache):
 
 
 def _decode(
-    model: Any, prompts: Sequence[list[int]], capacity: int, longest: int, ends: _Endings, finish: Callable[[int, list[int]], None]
+    model: Any, prompts: Mapping[int, list[int]], capacity: int, longest: int, ends: _Endings, finish: Callable[[int, list[int]], None]
 ) -> None:
-    shared = _shared_prefix(prompts)
+    shared = _shared_prefix(list(prompts.values()))
     store = _Store(capacity, longest)
     device = next(model.parameters()).device
-    waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # the longest are taken first, from the end
+    waiting = list(reversed(prompts))  # the longest are taken first, from the end
     rows: list[_Row] = []
     if shared:
-        _forward(model, store, torch.tensor([prompts[0][:shared]], device=device), slice(0, 1), torch.arange(shared, device=device)[None])
+        _forward(
+            model,
+            store,
+            torch.tensor([prompts[waiting[0]][:shared]], device=device),
+            slice(0, 1),
+            torch.arange(shared, device=device)[None],
+        )
         store.share(shared)
     while waiting or rows:
         if waiting and len(rows) <= REFILL * capacity:
@@ -235,11 +251,11 @@ class _Stop(StoppingCriteria):
 
 
 def _decode_plainly(
-    model: Any, prompts: Sequence[list[int]], capacity: int, longest: int, ends: _Endings, finish: Callable[[int, list[int]], None]
+    model: Any, prompts: Mapping[int, list[int]], capacity: int, longest: int, ends: _Endings, finish: Callable[[int, list[int]], None]
 ) -> None:
     """The same through `transformers.generate`: prompts of like length, padded on the left. For sliding windows and mixed layers."""
     device = next(model.parameters()).device
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    order = list(prompts)
     for start in range(0, len(order), capacity):
         batch = order[start : start + capacity]
         width = len(prompts[batch[0]])

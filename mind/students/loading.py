@@ -64,7 +64,7 @@ def load_student(settings: config.Student, trained: Path | None = None, device: 
     try:
         tokenizer = AutoTokenizer.from_pretrained(names, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            weights, dtype=getattr(torch, settings.dtype), use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+            weights, dtype=getattr(torch, settings.dtype), use_safetensors=True, trust_remote_code=False
         )
         if adapter:
             model = _merged(model, adapter)

@@ -58,7 +58,7 @@ class Desk:
         self._client, self._cache, self._wallet, self._settings, self._folder = client, cache, wallet, settings, folder
         self._noted: set[str] = set()
         self._files: list[_File] = []
-        self.bought = 0
+        self.bought, self.usd = 0, 0.0
 
     async def find(self, request: Request, seen: Counter[str]) -> Reply:
         """The reply from the cache.
@@ -191,6 +191,7 @@ class Desk:
                 replies |= self._read(await self._content(name))
         await self._write(_settle_job(job, call, replies, self._wallet))
         self.bought += len(replies)
+        self.usd += sum(self._wallet.cost(reply.prompt_tokens, reply.completion_tokens) for reply in replies.values())
 
     def _read(self, content: bytes) -> dict[str, Reply]:
         """Lines of an output or error file -> replies by key; what failed in passing is left to the next round."""

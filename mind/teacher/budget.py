@@ -12,6 +12,7 @@ import asyncio
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from mind.config import Budget, Price
 from mind.errors import ConfigError
@@ -164,5 +165,11 @@ def price_of(model: str, base_url: str, prices: dict[str, Price], budget: Budget
             wanted=f"teacher.prices: {{{model}: {{input: <USD per million tokens>, output: ...}}}}",
             do="add the price, or set the budget in tokens or requests",
         )
-    console.print(f"no price for the model '{model}': its cost is shown as 0 (teacher.prices)", style="yellow")
+    _warn(model)
     return FREE
+
+
+@cache
+def _warn(model: str) -> None:
+    """Once a process."""
+    console.print(f"no price for the model '{model}': its cost is shown as 0 (teacher.prices)", style="yellow")

@@ -17,6 +17,7 @@ import asyncio
 import itertools
 import json
 import os
+import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cache
@@ -330,8 +331,16 @@ def _openai_client(endpoint: Endpoint, base_url: str, key: str) -> openai.AsyncO
     limits = httpx2.Limits(max_connections=width, max_keepalive_connections=width)
     transport = openai.DefaultAioHttpClient if find_spec("aiohttp") else openai.DefaultAsyncHttpxClient
     # A proxy of the environment must not stand between us and a server in this very process.
-    http = transport(timeout=timeout, limits=limits, trust_env=endpoint.base_url != "embedded")
+    http = transport(timeout=timeout, limits=limits, verify=_certificates(), trust_env=endpoint.base_url != "embedded")
     return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=timeout, http_client=http)
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Read once: it takes longer than a hundred calls."""
+    import httpx2
+
+    return httpx2.create_ssl_context()
 
 
 @cache

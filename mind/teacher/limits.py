@@ -1,8 +1,8 @@
 """How many calls may be in flight, and when the next may start. Used by teacher.client.
 
 Width adapts as TCP does, on any endpoint: a refusal (429, overload) halves it, once for all calls that were sent before the cut was
-known; every success widens it again, fast up to the width that was refused last, slowly beyond, because each probe of a hard
-limit costs a refusal and half the width for one round trip. `Retry-After` closes the gate for everybody, `x-ratelimit-*` headers that
+known, and never leaves it wider than what the endpoint took of that burst. Every success widens it again, fast up to the width that was
+refused last, slowly beyond, because each probe of a hard limit costs a refusal and half the width for one round trip. `Retry-After` closes the gate for everybody, `x-ratelimit-*` headers that
 announce an empty bucket close it before the refusal comes. Limits per minute that the user set are kept by even spacing.
 """
 
@@ -66,7 +66,7 @@ class Gate:
         self.in_flight = self.cuts = self.refusals = self.peak = 0
         self._patience, self._stuck, self._streak = patience, 0, 0
         self._requests, self._tokens = Pace(requests), Pace(tokens)
-        self._opens = 0.0
+        self._opens, self._taken = 0.0, 0.0
         self._waiting: list[tuple[int, int, float, asyncio.Future[Pass]]] = []
         self._numbers = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
@@ -100,7 +100,7 @@ class Gate:
 
     def succeeded(self, given: Pass) -> None:
         self._streak = self._stuck = 0
-        if given.flight >= self.ceiling:  # the limit that was met here is gone
+        if given.cuts == self.cuts and given.flight >= self.ceiling:  # the limit that was met here is gone
             self.ceiling = min(self.most + 1.0, 2 * self.ceiling)
         if self.in_flight + 1 < int(self.width):  # not what held us back
             return
@@ -111,18 +111,25 @@ class Gate:
         """429 or overload: halve once a round trip, and wait."""
         self.refusals += 1
         if given.cuts == self.cuts:
-            self.cuts += 1
-            self._streak += 1
-            self._stuck += self.width < 2
-            self.ceiling = float(given.flight)
-            self.width = max(1.0, min(self.width, given.flight) / 2)
-            if retry_after is None:
-                retry_after = jittered(self._streak - 1) if self._streak > 1 else 0.0  # a narrower width may be all that was asked for
+            self._cut()
+            if retry_after is None and self._streak > 1:  # the first time, a narrower width may be all that is asked for
+                retry_after = jittered(self._streak - 1)
+        self._taken -= 1
+        self.width = max(1.0, min(self.width, self._taken))
+        self.ceiling = max(1.0, self._taken) + 1
         self.hold(retry_after or 0.0)
+
+    def _cut(self) -> None:
+        """Halve what is in flight. Every further refusal of the same burst shows that the endpoint took one call less of it."""
+        self.cuts += 1
+        self._streak += 1
+        self._stuck += self.width < 2
+        self._taken = float(self.in_flight)
+        self.width = min(self.width, self.in_flight) / 2
 
     def hold(self, seconds: float) -> None:
         """Send nothing for so long."""
-        self._opens = max(self._opens, time.monotonic() + seconds)
+        self._opens = max(self._opens, _now() + seconds)
 
     def heed(self, headers: Mapping[str, str], tokens: float) -> None:
         """Hold when the headers say that the next call of about `tokens` tokens would be refused."""
@@ -174,7 +181,7 @@ class Gate:
 
     def _closed(self) -> bool:
         """Whether it is too early; if so, looks again in time."""
-        now = time.monotonic()
+        now = _now()
         opens = max(self._opens, self._requests.ready, self._tokens.ready)
         if opens <= now:
             return False
@@ -184,12 +191,16 @@ class Gate:
         return True
 
     def _let_in(self, turn: asyncio.Future[Pass], tokens: float) -> None:
-        now = time.monotonic()
+        now = _now()
         self._requests.take(1, now)
         self._tokens.take(tokens, now)
         self.in_flight += 1
         self.peak = max(self.peak, self.in_flight)
         turn.set_result(Pass(self.in_flight, self.cuts))
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def jittered(tries: int) -> float:

@@ -10,6 +10,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -78,7 +79,8 @@ def train(
     method = build(settings.method, setup)
     questions, left_out = encode_all(student.tokenizer, method, examples, _limit(student.model, options), options.too_long)
     run = _Run(accelerator, student.model, method, questions, settings)
-    with progress.bar(f"distill {settings.name}", run.total, "step") as bar:
+    run.begin(checkpoints)
+    with progress.bar(f"distill {settings.name}", run.total, "steps") as bar:
         run.go(bar, log, checkpoints)
     views = sum(len(question.views) for question in questions)
     return Trained(run.history, run.step, run.tokens, len(questions), views, left_out)
@@ -86,17 +88,21 @@ def train(
 
 def make_tunable(model: Any, student: config.Student, training: config.Training) -> Any:
     """The model with what is to be learnt marked: LoRA adapters, or all weights (then kept in float32)."""
-    if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if student.tuning == "full":
-        return model.float().requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # names of transformers 5 that PEFT 0.21 uses too, and that leave in version 6
+        if training.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if student.tuning == "full":
+            return model.float().requires_grad_(True)
+        return _with_adapter(model, student.lora)
+
+
+def _with_adapter(model: Any, lora: config.Lora) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    lora = student.lora
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    return get_peft_model(
-        model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM")
-    )
+    shape = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    return get_peft_model(model, shape)
 
 
 def encode_all(
@@ -158,22 +164,26 @@ class _Run:
         with self.precision():
             return LAYOUTS[self.options.layout](self.model, groups)
 
-    def go(self, bar: progress.Bar, log: Log, checkpoints: Path | None) -> None:
-        """From the newest checkpoint, or from the start, to the end."""
+    def begin(self, checkpoints: Path | None) -> None:
+        """From the newest checkpoint, or from the start: then the method prepares itself on the untouched student."""
         state = checkpoint.load(checkpoints) if checkpoints else None
         if state:
             self.load_state_dict(state)
-            bar.resume(self.step)
-        else:
-            self._prepare()
+            return
+        self.model.eval()
+        untouched = getattr(self.accelerator.unwrap_model(self.model), "disable_adapter", nullcontext)  # PEFT's; saves its products
+        with untouched():
+            self.method.prepare(self.questions, torch.no_grad()(self.forward))
+        self._save(checkpoints)
+
+    def go(self, bar: progress.Bar, log: Log, checkpoints: Path | None) -> None:
+        """To the end, or to the step in which Ctrl-C came."""
+        bar.resume(self.step)
+        started, tokens = time.monotonic(), self.tokens
         with interruptions() as interrupted:
-            if not state:
-                self._save(checkpoints)
-            started, tokens = time.monotonic(), self.tokens
             while self.step < self.total:
                 self._one_step()
-                logged = self.step % self.options.log_steps == 0 or self.step == self.total
-                if logged:
+                if self.step % self.options.log_steps == 0 or self.step == self.total:
                     self._log(log, (self.tokens - tokens) / (time.monotonic() - started))
                     started, tokens = time.monotonic(), self.tokens
                 bar.advance(1, f"loss {self.history[-1]['train/loss']:.3f}" if self.history else "")
@@ -181,10 +191,6 @@ class _Run:
                     self._save(checkpoints)
                 if interrupted():
                     raise KeyboardInterrupt
-
-    def _prepare(self) -> None:
-        self.model.eval()
-        self.method.prepare(self.questions, torch.no_grad()(self.forward))
 
     def _one_step(self) -> None:
         self.model.train()

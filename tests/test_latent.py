@@ -1,0 +1,338 @@
+"""mind.latent: each measure against an independent one, then planted and absent clusters, then a real (tiny) student."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from mind import latent
+from mind.config import Config, Latent, Synthesis, validate
+from mind.errors import ConfigError, DataError, StudentError
+from mind.prompts import student_ids, student_prompt
+from mind.records import PERSPECTIVES, Example, Question, Rationale, write_jsonl
+from mind.workspace import Workspace
+from tests import tiny
+
+QUESTIONS, VIEWS, WIDTH = 16, len(PERSPECTIVES), 64
+GROUPS = np.repeat(np.arange(QUESTIONS), VIEWS)
+LABELS = np.tile(np.arange(VIEWS), QUESTIONS)
+IDS = [f"q{i}" for i in GROUPS]
+NAMES = [PERSPECTIVES[k] for k in LABELS]
+
+
+def planted(separation: float, seed: int = 0) -> np.ndarray:
+    """States of 16 questions x 8 perspectives: a large vector a question, `separation` times one a perspective, noise."""
+    random = np.random.default_rng(seed)
+    views, questions = random.normal(size=(VIEWS, WIDTH)), random.normal(size=(QUESTIONS, WIDTH))
+    return separation * views[LABELS] + 5 * questions[GROUPS] + random.normal(size=(len(GROUPS), WIDTH))
+
+
+def report(separation: float, seed: int = 0) -> latent.LatentReport:
+    return latent.measure(planted(separation, seed), IDS, NAMES, Latent(), seed=17)
+
+
+@pytest.fixture(scope="module")
+def clear() -> latent.LatentReport:
+    return report(1.0)
+
+
+@pytest.fixture(scope="module")
+def none() -> latent.LatentReport:
+    return report(0.0)
+
+
+# ------------------------------------------------------------- each measure
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=4, max_size=40))
+def test_agreement_is_that_of_sklearn(rows: list[tuple[int, int]]) -> None:
+    clusters, labels = map(np.array, zip(*[*rows, (0, 0), (1, 1)], strict=True))  # at least two of both
+    found = latent.agreement(latent.contingency(clusters, labels, np.zeros(len(labels), int)))
+    assert found["ari"][0] == pytest.approx(adjusted_rand_score(labels, clusters), abs=1e-12)
+    assert found["nmi"][0] == pytest.approx(normalized_mutual_info_score(labels, clusters), abs=1e-9)
+    majority = sum(np.bincount(labels[clusters == c]).max() for c in set(clusters))
+    assert found["purity"][0] == pytest.approx(majority / len(labels))
+    assert 1 - 1e-12 <= found["components"][0] <= len(set(clusters)) + 1e-9
+
+
+def test_effective_components_count_equal_ones() -> None:
+    for kinds in (1, 3, 8):
+        clusters = np.arange(48) % kinds
+        table = latent.contingency(clusters, np.arange(48) % 8, np.zeros(48, int))
+        assert latent.agreement(table)["components"][0] == pytest.approx(kinds)
+
+
+def test_tables_of_questions_add_up_to_the_whole_table() -> None:
+    clusters = np.random.default_rng(0).integers(0, 5, len(LABELS))
+    by_question = latent.contingency(clusters, LABELS, GROUPS)
+    assert (by_question.sum(0) == latent.contingency(clusters, LABELS, np.zeros_like(GROUPS))[0]).all()
+    assert (by_question.sum((1, 2)) == VIEWS).all()
+
+
+def test_what_is_said_of_a_question_does_not_count() -> None:
+    states = planted(1.0)
+    moved = states + 100 * np.random.default_rng(9).normal(size=(QUESTIONS, WIDTH))[GROUPS]
+    assert np.allclose(latent.without_question(states, GROUPS), latent.without_question(moved, GROUPS))
+
+
+def test_dimensions_that_never_vary_do_no_harm() -> None:
+    states = planted(1.0)
+    states[:, 3] = 7.0
+    assert np.isfinite(latent.without_question(states, GROUPS)).all()
+
+
+def test_shuffles_stay_within_a_question() -> None:
+    shuffled = latent.shuffle_within(LABELS, GROUPS, np.random.default_rng(0))
+    assert shuffled.shape == (latent.PERMUTATIONS, len(LABELS))
+    assert (np.sort(shuffled.reshape(-1, QUESTIONS, VIEWS), axis=2) == np.arange(VIEWS)).all()
+    assert len({tuple(row) for row in shuffled}) == latent.PERMUTATIONS
+
+
+def test_variance_falls_to_what_was_planted() -> None:
+    random = np.random.default_rng(0)
+    of_question, of_view = random.normal(size=(QUESTIONS, 500)), random.normal(size=(VIEWS, 500))
+    shares = latent.variance_shares(3 * of_question[GROUPS] + 2 * of_view[LABELS] + random.normal(size=(len(GROUPS), 500)), GROUPS, LABELS)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["question"] == pytest.approx(9 / 14, abs=0.05)
+    assert shares["perspective"] == pytest.approx(4 / 14, abs=0.05)
+    assert latent.variance_shares(np.ones((len(GROUPS), 4)), GROUPS, LABELS) == {"question": 0, "perspective": 0, "rest": 1}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.1, 50))
+def test_cka_sees_geometry_not_axes(seed: int, scale: float) -> None:
+    random = np.random.default_rng(seed)
+    states = random.normal(size=(30, 12))
+    turn, _ = np.linalg.qr(random.normal(size=(12, 12)))
+    assert latent.cka(states, scale * states @ turn + 3) == pytest.approx(1)
+    other = random.normal(size=(30, 7))
+    assert latent.cka(states, other) == pytest.approx(latent.cka(other, states))
+
+
+def test_cka_of_unrelated_states_is_about_zero_in_many_dimensions() -> None:
+    """The plain estimate is near 0.8 here."""
+    random = np.random.default_rng(0)
+    values = [latent.cka(random.normal(size=(48, 200)), random.normal(size=(48, 200))) for _ in range(20)]
+    assert abs(np.mean(values)) < 0.02
+    mixed = random.normal(size=(48, 200))
+    assert 0.2 < latent.cka(mixed, mixed + random.normal(size=(48, 200))) < 0.8
+
+
+# ------------------------------------------------- planted and absent clusters
+
+
+def test_planted_perspectives_are_found(clear: latent.LatentReport) -> None:
+    assert clear.components.value == pytest.approx(8, abs=1)
+    assert clear.components.chance < 3
+    assert clear.ari.value > 0.9 and clear.nmi.value > 0.9 and clear.purity.value > 0.9
+    assert clear.silhouette.value > 0.2
+    assert all(m.p < 0.01 for m in (clear.ari, clear.nmi, clear.purity, clear.silhouette))
+    assert "separate almost perfectly" in clear.sentence
+
+
+def test_absent_perspectives_are_not(none: latent.LatentReport) -> None:
+    assert abs(none.ari.value) < 0.05
+    assert none.silhouette.value < 0.02
+    assert "cannot be told apart" in none.sentence
+    assert none.components.value < 3
+
+
+def test_chance_is_where_absent_perspectives_lie(clear: latent.LatentReport, none: latent.LatentReport) -> None:
+    for name in ("ari", "nmi", "purity", "silhouette"):
+        chance = getattr(none, name)
+        assert chance.value == pytest.approx(chance.chance, abs=0.05)
+    assert clear.ari.chance == pytest.approx(0, abs=0.02)
+    assert clear.purity.chance > 1 / VIEWS  # a majority is found in any cluster: purity without its baseline misleads
+
+
+def test_intervals_hold_their_value_and_narrow_with_agreement(clear: latent.LatentReport) -> None:
+    """The weaker case has views missing, as where a judge dropped some."""
+    kept = np.random.default_rng(0).random(len(LABELS)) < 0.8
+    kept[::VIEWS] = kept[1::VIEWS] = True
+    states, ids, names = planted(0.6)[kept], np.array(IDS)[kept].tolist(), np.array(NAMES)[kept].tolist()
+    weaker = latent.measure(states, ids, names, Latent(), seed=17)
+    for found in (clear, weaker):
+        for measure in (found.components, found.ari, found.nmi, found.purity, found.silhouette):
+            assert measure.low <= measure.value <= measure.high
+    assert clear.ari.value > weaker.ari.value > weaker.ari.chance
+    assert clear.ari.high - clear.ari.low < weaker.ari.high - weaker.ari.low
+
+
+def test_silhouette_interval_holds_the_mean_of_many_questions() -> None:
+    """Against 2000 questions whose reduction and centres are known: 16 of them at a time, intervals hold it nine times in ten or more."""
+    random = np.random.default_rng(3)
+    per_question = random.normal(0.2, 0.1, size=(100, QUESTIONS))
+    held = 0
+    for row in per_question:
+        draws = random.multinomial(QUESTIONS, np.full(QUESTIONS, 1 / QUESTIONS), size=500)
+        low, high = np.quantile(latent._means(np.repeat(row, VIEWS), GROUPS, draws), [0.025, 0.975])
+        held += low <= 0.2 <= high
+    assert held >= 88
+
+
+def test_the_same_seed_gives_the_same_report(none: latent.LatentReport) -> None:
+    again = report(0.0)
+    assert again.metrics() == none.metrics()
+    assert (again.map.coordinates == none.map.coordinates).all()
+
+
+def test_states_that_are_all_the_same_are_reported_not_fatal() -> None:
+    flat = latent.measure(np.ones((32, 8)), IDS[:32], NAMES[:32], Latent(), seed=1)
+    assert flat.ari.value == pytest.approx(0, abs=1e-9)
+    assert "cannot be told apart" in flat.sentence
+
+
+def test_metrics_are_plain_numbers_and_words(clear: latent.LatentReport) -> None:
+    metrics = json.loads(json.dumps(clear.metrics(), allow_nan=False))
+    assert set(metrics["ari"]) == {"value", "low", "high", "chance", "p"}
+    assert (metrics["questions"], metrics["rationales"]) == (16, 128)
+
+
+# --------------------------------------------------------- beside the base
+
+
+def test_a_student_has_not_moved_from_itself(clear: latent.LatentReport) -> None:
+    change = latent.against(clear.map, clear.map)
+    assert (change.silhouette, change.low, change.high) == (0, 0, 0)
+    assert change.drift == pytest.approx(0, abs=1e-9)
+    assert "as separable as in the base student" in change.sentence
+
+
+def test_more_and_less_separable_are_told_apart(clear: latent.LatentReport, none: latent.LatentReport) -> None:
+    assert "more separable than" in latent.against(clear.map, none.map).sentence
+    assert "less separable than" in latent.against(none.map, clear.map).sentence
+    assert 0 < latent.against(clear.map, none.map).drift < 1
+
+
+def test_maps_of_other_rationales_are_refused(clear: latent.LatentReport) -> None:
+    other = replace(clear.map, questions=("another", *clear.map.questions[1:]))
+    with pytest.raises(DataError, match="different rationales"):
+        latent.against(clear.map, other)
+
+
+def test_a_map_is_read_as_it_was_written(clear: latent.LatentReport, tmp_path: Path) -> None:
+    clear.map.write(tmp_path)
+    first = [(tmp_path / name).read_bytes() for name in (latent.MAP, latent.STATES)]
+    found = latent.read_map(tmp_path)
+    assert found is not None
+    assert (found.questions, found.perspectives) == (clear.map.questions, clear.map.perspectives)
+    assert (found.clusters == clear.map.clusters).all()
+    assert np.allclose(found.coordinates, clear.map.coordinates, atol=1e-3)
+    assert latent.against(found, clear.map).drift < 1e-4
+    clear.map.write(tmp_path)
+    assert first == [(tmp_path / name).read_bytes() for name in (latent.MAP, latent.STATES)]
+
+
+def test_a_missing_map_is_none_and_a_damaged_one_an_error(clear: latent.LatentReport, tmp_path: Path) -> None:
+    assert latent.read_map(tmp_path) is None
+    clear.map.write(tmp_path)
+    (tmp_path / latent.MAP).write_text("question,perspective\nq1,intuitive\n")
+    with pytest.raises(DataError, match="damaged"):
+        latent.read_map(tmp_path)
+
+
+# ------------------------------------------------------------- held out
+
+
+def workspace(folder: Path, asked: list[Example], trained: list[Example], dropped: tuple[str, ...] = ()) -> Workspace:
+    """A workspace whose judge accepted all views of `asked` except the questions in `dropped`."""
+    made = Workspace(folder)
+    made.rationales.mkdir()
+    made.dataset.mkdir()
+    write_jsonl(made.rationales / "questions.jsonl", [Question(id=e.id, question=e.question, answer=e.answer) for e in asked])
+    rows = [
+        Rationale(question_id=e.id, perspective=name, text=text, answer=e.answer, accepted=e.id not in dropped)
+        for e in asked
+        for name, text in reversed(e.views.items())
+    ]
+    write_jsonl(made.rationales / "rationales.jsonl", rows)
+    write_jsonl(made.dataset / "train.jsonl", trained)
+    return made
+
+
+def test_what_the_snapshot_left_out_is_held_out(tmp_path: Path) -> None:
+    asked = tiny.examples(12)
+    made = workspace(tmp_path, asked, trained=asked[:5], dropped=("sum-11",))
+    found = latent.held_out_examples(made, Config(latent=Latent(questions=6)))
+    assert {example.id for example in found} == {f"sum-{i}" for i in range(5, 11)}
+    assert all(tuple(example.views) == PERSPECTIVES for example in found)
+    fewer = latent.held_out_examples(made, Config(latent=Latent(questions=4)))
+    assert fewer == found[:4]
+
+
+def test_the_starter_corpus_stands_in_without_what_was_trained_on(tmp_path: Path) -> None:
+    from mind.teacher.recorded import starter_corpus
+
+    entries = [entry for entry in starter_corpus().entries if entry.id.startswith("primer")][:200]
+    trained = [
+        Example(id=f"mine-{e.id}", question=f" {e.question.upper()}", answer=e.answer, difficulty=0, views=e.rationales) for e in entries
+    ]
+    made = workspace(tmp_path, tiny.examples(3), trained)
+    found = latent.held_out_examples(made, Config(latent=Latent(questions=24)))
+    assert len(found) == 24
+    assert not {e.question for e in entries} & {example.question for example in found}
+    assert sum(example.id.startswith("primer") for example in found) == 16  # all 16 that are left of the set, then the other set
+    elsewhere = Config(latent=Latent(questions=24), synthesis=Synthesis(questions="full"))
+    assert all(example.id.startswith("starter") for example in latent.held_out_examples(made, elsewhere))
+
+
+def test_missing_rationales_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="train.jsonl"):
+        latent.held_out_examples(Workspace(tmp_path), Config())
+
+
+@pytest.mark.parametrize("questions", [1, 3, -1])
+def test_too_few_questions_are_refused_in_the_settings(questions: int) -> None:
+    with pytest.raises(ConfigError, match="latent.questions"):
+        validate({"latent": {"questions": questions}})
+
+
+# ---------------------------------------------------------------- a student
+
+
+def test_states_are_those_of_each_rationale_alone() -> None:
+    student = tiny.load()
+    examples = tiny.examples(3, views=4)
+    found = latent.hidden_states(student.model, student.tokenizer, examples)
+    row = 0
+    for example in examples:
+        prompt = student_ids(student.tokenizer, student_prompt(example.question))
+        for text in example.views.values():
+            ids = student.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
+            with torch.inference_mode():
+                hidden = student.model.model(input_ids=torch.tensor([prompt + ids])).last_hidden_state[0, len(prompt) :]
+            assert np.allclose(found[row], hidden.mean(0).numpy(), atol=1e-4)
+            row += 1
+    assert row == len(found)
+
+
+def test_a_student_is_analysed() -> None:
+    """The rationales of `tiny` differ by perspective in nothing but a phrase said k times, the same for all questions."""
+    student, examples = tiny.load(), tiny.examples(6)
+    found = latent.analyse(student.model, student.tokenizer, examples, Latent(), seed=5)
+    assert (found.map.states == latent.hidden_states(student.model, student.tokenizer, examples)).all()
+    assert found.map.questions == tuple(e.id for e in examples for _ in e.views)
+    assert found.map.perspectives == PERSPECTIVES * 6
+    assert found.silhouette.value > 0.15 and found.silhouette.p < 0.05
+
+
+def test_a_student_that_diverged_is_an_error() -> None:
+    student = tiny.load()
+    student.model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(StudentError, match="not finite"):
+        latent.analyse(student.model, student.tokenizer, tiny.examples(4), Latent(), seed=5)
+
+
+def test_too_few_rationales_are_an_error_that_says_what_to_do() -> None:
+    student = tiny.load()
+    with pytest.raises(DataError, match=r"latent\.questions"):
+        latent.analyse(student.model, student.tokenizer, tiny.examples(6, views=1), Latent(), seed=5)
