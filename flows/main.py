@@ -10,10 +10,11 @@ a task brings its stage up to date through DVC and returns the state `Cached` wh
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, task
+from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
@@ -66,6 +67,7 @@ def mind(
     overrides = nest({**(set or {}), **({"run.variants": variants} if variants else {})})
     here = versioning.derive(Workspace.find(workspace), overrides)
     versioning.ensure_data(here)
+    os.environ["MIND_FLOW_RUN"] = str(runtime.flow_run.id)  # a stage is a process; its MLflow run names the flow run it belongs to
     targets = stage_targets(load_config(here.params).run.variants)
     return {target: bring_up_to_date(here.root, target, force) for target in targets}
 

@@ -244,6 +244,7 @@ class Mind(Settings):
     """MIND in full; each ablation is one of these keys (method, sections 2-5)."""
 
     method: Literal["mind"] = "mind"
+    feedback: Literal["target", "answer"] = "target"  # L_k: CE over all of y_k (the paper), or over the answer's tokens only
     inertia: float = Field(default=0.9, ge=0, lt=1)  # mu; 0 = instant loss
     tau: PositiveFloat = 0.2  # temperature of the ListNet objective
     tau_student: PositiveFloat = 0.2  # temperature of the view weights alpha

@@ -1,7 +1,8 @@
 """Numbers -> pictures (PNG). Called by stages.evaluate and `mind compare`; the only module that knows matplotlib.
 
 Every picture says its finding in the title, labels its axes with units, and gives each perspective the same colour and mark wherever
-it appears (Paul Tol's muted palette, which colour-blind readers can tell apart). Equal numbers give equal bytes.
+it appears (Paul Tol's muted palette, which colour-blind readers can tell apart, its cyan darkened to be seen as a line). Equal numbers
+give equal bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, Any]]
 Series = tuple[NDArray[np.float64], NDArray[np.float64]]
 
-COLORS = dict(zip(PERSPECTIVES, ("#332288", "#88CCEE", "#117733", "#44AA99", "#999933", "#CC6677", "#882255", "#AA4499"), strict=True))
+COLORS = dict(zip(PERSPECTIVES, ("#332288", "#4AA8D8", "#117733", "#44AA99", "#999933", "#CC6677", "#882255", "#AA4499"), strict=True))
 MARKS = dict(zip(PERSPECTIVES, "os^DvPX<", strict=True))
 VARIANTS = ("#7F7F7F", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Of the variants in their order (Okabe and Ito); the first, as a rule the base student, is grey."""
 
-INK, FAINT = "#222222", "#D8D8D8"
+INK, QUIET = "#222222", "#777777"
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
     "font.size": 10,
@@ -43,6 +44,8 @@ STYLE = {
     "grid.color": "#EBEBEB",
     "xtick.color": "#555555",
     "ytick.color": "#555555",
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
     "legend.frameon": False,
 }
 DPI = 150
@@ -51,26 +54,26 @@ DOMAINS = {"id": "in distribution", "ood": "out of distribution"}
 
 def inertia(history: Rows, path: Path) -> None:
     """Filtered against instant loss of each perspective over the steps of training; nothing is drawn where no row has them."""
-    names = [name for name in PERSPECTIVES if len(_series(history, f"inertia/filtered/{name}")[0])]
-    if not names:
+    pairs = {name: tuple(_series(history, f"inertia/{kind}/{name}") for kind in ("instant", "filtered")) for name in PERSPECTIVES}
+    pairs = {name: pair for name, pair in pairs.items() if all(len(values) for _, values in pair)}
+    if not pairs:
         return
-    pairs = {name: (_series(history, f"inertia/instant/{name}"), _series(history, f"inertia/filtered/{name}")) for name in names}
-    columns = min(4, len(names))
-    rows = -(-len(names) // columns)
+    columns = min(4, len(pairs))
+    rows = -(-len(pairs) // columns)
     with _figure(path, 9, 1.4 + 1.75 * rows, _inertia_title(pairs)) as figure:
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-        for axes, name in zip(grid, names, strict=False):
-            instant, filtered = pairs[name]
-            axes.plot(*instant, color=COLORS[name], alpha=0.45, linewidth=1)
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, (name, (instant, filtered)) in zip(grid.flat, pairs.items(), strict=False):
+            axes.plot(*instant, color=COLORS[name], alpha=0.5, linewidth=1)
             axes.plot(*filtered, color=COLORS[name], linewidth=2.2)
             axes.set_title(_spoken(name), color=COLORS[name], fontweight="bold", loc="left", pad=4)
             axes.margins(x=0.02)
-        for axes in list(grid)[len(names) :]:
-            axes.remove()
-        figure.supxlabel("training step", fontsize=10)
+        for axes in grid.flat[len(pairs) :]:
+            axes.set_visible(False)
+        for axes in grid[-1]:
+            axes.set_xlabel("training step")
         figure.supylabel("loss of the view (nats a token)", fontsize=10)
         lines = [_line(linewidth=1, alpha=0.6), _line(linewidth=2.2)]
-        figure.legend(lines, ["instant loss", "filtered loss (what MetaNet learns from)"], loc="outside lower right", ncols=2, fontsize=9)
+        figure.legend(lines, ["instant loss", "filtered loss (what MetaNet learns from)"], loc="outside lower right", ncols=2)
 
 
 def weights(history: Rows, path: Path) -> None:
@@ -85,27 +88,34 @@ def weights(history: Rows, path: Path) -> None:
             axes.plot(
                 steps, 100 * values, color=COLORS[name], linewidth=2, marker=MARKS[name], markevery=max(1, len(steps) // 8), markersize=5
             )
-        uniform = 100 / len(series)
-        axes.axhline(uniform, color="#888888", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        last = max(steps[-1] for steps, _ in series.values())
-        ends = {name: 100 * float(values[-1]) for name, (_, values) in series.items()}
         axes.set(xlabel="training step", ylabel="weight in the student's loss (%)")
         axes.set_ylim(bottom=0)
         axes.margins(x=0.01)
-        top = axes.get_ylim()[1]
-        for name, height in _apart(ends, 0.058 * top).items():
-            text = f"{_spoken(name)}  {ends[name]:.0f} %"
+        uniform = 100 / len(series)
+        axes.axhline(uniform, color="#888888", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        middle = axes.get_yaxis_transform()  # x in shares of the axes, y in data
+        axes.text(0.5, uniform, "uniform", transform=middle, color=QUIET, fontsize=8, ha="center", va="bottom")
+        ends = {name: (float(steps[-1]), 100 * float(values[-1])) for name, (steps, values) in series.items()}
+        for name, height in _apart({name: end for name, (_, end) in ends.items()}, 0.052 * axes.get_ylim()[1]).items():
             axes.annotate(
-                text,
-                (last, height),
-                xytext=(10, 0),
-                textcoords="offset points",
+                f"{_spoken(name)}  {ends[name][1]:.0f} %",
+                ends[name],
+                xytext=(1.025, height),
+                textcoords=middle,
                 color=COLORS[name],
                 va="center",
                 fontsize=9,
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": COLORS[name],
+                    "linewidth": 0.6,
+                    "alpha": 0.6,
+                    "relpos": (0, 0.5),
+                    "shrinkA": 1,
+                    "shrinkB": 3,
+                },
                 annotation_clip=False,
             )
-        axes.annotate("uniform", (axes.get_xlim()[0], uniform), xytext=(4, 3), textcoords="offset points", color="#777777", fontsize=8)
 
 
 def accuracy(reports: Mapping[str, Mapping[str, Any]], path: Path, title: str = "") -> None:
@@ -116,26 +126,31 @@ def accuracy(reports: Mapping[str, Mapping[str, Any]], path: Path, title: str = 
         title: the finding; by default the averages of the first and the last variant.
     """
     bands = list(_bands(reports))
-    heights = [0.36 + 0.2 * len(reports)] * len(bands)
-    with _figure(path, 9, 1.5 + sum(heights) + 0.1 * len(bands), title or _accuracy_title(reports)) as figure:
+    colors = dict(zip(reports, (VARIANTS if len(reports) > 1 else VARIANTS[1:]) * len(reports), strict=False))
+    thickness = {"heading": 0.26, "benchmark": 0.16 + 0.19 * len(reports), "average": 0.16 + 0.19 * len(reports)}  # inches
+    with _figure(path, 9, 1.5 + sum(thickness[band.kind] for band in bands), title or _accuracy_title(reports)) as figure:
         axes = figure.subplots()
-        spread = np.linspace(-0.3, 0.3, len(reports)) if len(reports) > 1 else np.zeros(1)
-        for row, (_, _, scores) in enumerate(bands):
-            for (variant, score), shift, color in zip(scores.items(), spread, _variant_colors(reports).values(), strict=True):
+        edge = 0.0
+        ticks = {}
+        for band in bands:
+            center, edge = edge + thickness[band.kind] / 2, edge + thickness[band.kind]
+            if band.kind == "heading":
+                axes.axhspan(edge - thickness["heading"], edge, color="#F2F2F2", zorder=0)
+                axes.text(0.008, center, band.label, transform=axes.get_yaxis_transform(), color=QUIET, fontsize=9, va="center")
+                continue
+            ticks[center] = band
+            for place, (variant, score) in enumerate(band.scores.items()):
                 if score is not None:
-                    _dot(axes, score, row + shift, color)
-        axes.set_yticks(range(len(bands)), [label for label, _, _ in bands])
-        for tick, (_, average, _) in zip(axes.get_yticklabels(), bands, strict=True):
-            tick.set(fontweight="bold" if average else "normal", color=INK)
-        for row in range(1, len(bands)):
-            starts_domain = bands[row - 1][1]  # an average closes its domain
-            axes.axhline(row - 0.5, color="#AAAAAA" if starts_domain else "#EFEFEF", linewidth=1)
-        axes.set(xlabel="accuracy (% of questions; bars: 95 % interval)", ylim=(len(bands) - 0.5, -0.5))
-        axes.set_xlim(left=0)
+                    _dot(axes, score, center + 0.19 * (place - (len(reports) - 1) / 2), colors[variant])
+        axes.set_yticks(list(ticks), [band.label for band in ticks.values()])
+        for tick, band in zip(axes.get_yticklabels(), ticks.values(), strict=True):
+            tick.set(fontweight="bold" if band.kind == "average" else "normal", color=INK)
+        axes.set(xlabel="accuracy (% of questions; bars: 95 % interval)", ylim=(edge, 0))
+        axes.set_xlim(0, 1.06 * axes.get_xlim()[1])
         axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0)
-        marks = [_line(color=color, marker="o", linewidth=2) for color in _variant_colors(reports).values()]
-        figure.legend(marks, list(reports), loc="outside lower center", ncols=min(len(reports), 6))
+        if len(reports) > 1:
+            marks = [_line(color=color, marker="o", linewidth=2) for color in colors.values()]
+            figure.legend(marks, list(reports), loc="outside lower center", ncols=min(len(reports), 4))
 
 
 def latent_map(maps: Mapping[str, LatentMap], path: Path, title: str = "") -> None:
@@ -145,7 +160,7 @@ def latent_map(maps: Mapping[str, LatentMap], path: Path, title: str = "") -> No
         maps: student -> its map, at most four.
     """
     names = [name for name in PERSPECTIVES if any(name in drawn.perspectives for drawn in maps.values())]
-    with _figure(path, 1.2 + 4.2 * len(maps), 5.4, title or "Held-out rationales in the student's latent space, by perspective") as figure:
+    with _figure(path, 2.2 + 4.2 * len(maps), 5.2, title or "Held-out rationales in the student's latent space, by perspective") as figure:
         for axes, (student, drawn) in zip(figure.subplots(1, len(maps), squeeze=False).flat, maps.items(), strict=True):
             labels = np.array(drawn.perspectives)
             for name in names:
@@ -155,46 +170,39 @@ def latent_map(maps: Mapping[str, LatentMap], path: Path, title: str = "") -> No
             axes.set(xticks=[], yticks=[], xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)")
             axes.set_box_aspect(1)
         handles, texts = axes.get_legend_handles_labels()
-        figure.legend(handles, texts, loc="outside lower center", ncols=4, columnspacing=1.6, handletextpad=0.3)
+        figure.legend(handles, texts, loc="outside right center", labelspacing=0.9, handletextpad=0.3)
 
 
 # ------------------------------------------------------------------- findings
 
 
-def _inertia_title(pairs: Mapping[str, tuple[Series, Series]]) -> str:
-    fell, held = (float(np.mean([_fall(pair[which][1]) for pair in pairs.values()])) for which in (0, 1))
-    return f"While the student's loss {_moved(fell)}, the filtered loss {_moved(held)}: MetaNet follows what lasts, not the last step"
-
-
-def _fall(values: NDArray[np.float64]) -> float:
-    """Mean of the first tenth less mean of the last tenth."""
-    tenth = max(1, len(values) // 10)
-    return float(values[:tenth].mean() - values[-tenth:].mean())
-
-
-def _moved(fall: float) -> str:
-    return f"fell by {fall:.2f} nats" if fall >= 0 else f"rose by {-fall:.2f} nats"
+def _inertia_title(pairs: Mapping[str, Sequence[Series]]) -> str:
+    instant, filtered = (np.concatenate([np.abs(np.diff(pair[kind][1])) for pair in pairs.values()]) for kind in (0, 1))
+    if not len(instant) or instant.mean() <= 1.05 * filtered.mean():
+        return "Instant and filtered loss of each perspective move alike"
+    return (
+        f"The filtered loss moves {instant.mean() / max(filtered.mean(), 1e-9):.1f} times less from one logged step to the next "
+        f"than the instant one ({filtered.mean():.2f} against {instant.mean():.2f} nats)"
+    )
 
 
 def _weights_title(series: Mapping[str, Series]) -> str:
-    end = {name: float(values[-max(1, len(values) // 4) :].mean()) for name, (_, values) in series.items()}
-    first, second = sorted(end, key=end.__getitem__, reverse=True)[:2] if len(end) > 1 else (*end, *end)
-    uniform = 1 / len(end)
-    if end[first] < 1.25 * uniform:
+    end = {name: float(values[-1]) for name, (_, values) in series.items()}
+    first, *others = sorted(end, key=end.__getitem__, reverse=True)
+    if end[first] < 1.25 / len(end):
         return f"MetaNet keeps the weights of the {len(end)} perspectives near uniform"
-    return f"MetaNet turns to {_spoken(first)} ({end[first]:.0%}) and {_spoken(second)} ({end[second]:.0%} in the last quarter)"
+    second = f" and {_spoken(others[0])} ({100 * end[others[0]]:.0f} %)" if others else ""
+    return f"MetaNet turns to {_spoken(first)} ({100 * end[first]:.0f} % of the weight){second}"
 
 
 def _accuracy_title(reports: Mapping[str, Mapping[str, Any]]) -> str:
     names = list(reports)
     first, last = reports[names[0]], reports[names[-1]]
-    parts = []
-    for domain, label in DOMAINS.items():
-        if domain in first and domain in last:
-            value = 100 * last[domain]["accuracy"]
-            gain = f", {value - 100 * first[domain]['accuracy']:+.1f} points on {names[0]}" if len(names) > 1 else ""
-            parts.append(f"{value:.1f} % {label}{gain}")
-    return f"{names[-1]}: " + "; ".join(parts)
+    shared = {domain: label for domain, label in DOMAINS.items() if domain in first and domain in last}
+    if len(names) == 1:
+        return f"{names[0]}: " + ", ".join(f"{100 * last[d]['accuracy']:.1f} % {label}" for d, label in shared.items())
+    gains = {d: 100 * (last[d]["accuracy"] - first[d]["accuracy"]) for d in shared}
+    return f"{names[-1]} against {names[0]}: " + ", ".join(f"{gains[d]:+.1f} points {label}" for d, label in shared.items())
 
 
 # ---------------------------------------------------------------------- parts
@@ -205,23 +213,33 @@ def _figure(path: Path, width: float, height: float, title: str) -> Iterator[Any
     """A figure of this size in inches, titled and saved when the block is done."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-        figure.suptitle(fill(title, int(11.5 * width)), x=0.012, ha="left", fontsize=12, fontweight="bold")
+        figure = Figure(figsize=(width, height), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
+        figure.suptitle(fill(title, int(10.3 * width)), x=0.012, ha="left", fontsize=11, fontweight="bold")
         yield figure
         figure.savefig(path, format="png", metadata={"Software": None})  # the version of matplotlib would change the bytes
 
 
-def _bands(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, bool, dict[str, Any]]]:
-    """(label, is it an average, variant -> score or None) from top to bottom: a domain's benchmarks, then its average."""
-    for domain, label in DOMAINS.items():
+class _Band(NamedTuple):
+    """One row of the accuracy picture."""
+
+    kind: Literal["heading", "benchmark", "average"]
+    label: str
+    scores: Mapping[str, Any]  # variant -> score, None where it has none
+
+
+def _bands(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[_Band]:
+    """From top to bottom: a domain's heading, its benchmarks, and their average where there are several."""
+    for domain, heading in DOMAINS.items():
         own = dict.fromkeys(name for r in reports.values() for name, score in r["benchmarks"].items() if score["domain"] == domain)
+        if own:
+            yield _Band("heading", heading, {})
         for name in own:
-            yield name, False, {variant: report["benchmarks"].get(name) for variant, report in reports.items()}
-        if any(domain in report for report in reports.values()):
-            yield f"average\n{label}", True, {variant: report.get(domain) for variant, report in reports.items()}
+            yield _Band("benchmark", name, {variant: report["benchmarks"].get(name) for variant, report in reports.items()})
+        if len(own) > 1:
+            yield _Band("average", "average", {variant: report.get(domain) for variant, report in reports.items()})
 
 
 def _dot(axes: Any, score: Mapping[str, float], height: float, color: str) -> None:
@@ -229,10 +247,6 @@ def _dot(axes: Any, score: Mapping[str, float], height: float, color: str) -> No
     axes.plot([low, high], [height, height], color=color, linewidth=2.4, solid_capstyle="round", alpha=0.55)
     axes.plot(value, height, color=color, marker="o", markersize=6.5, markeredgecolor="white", markeredgewidth=0.8)
     axes.annotate(f"{value:.1f}", (high, height), xytext=(5, 0), textcoords="offset points", color=color, va="center", fontsize=8)
-
-
-def _variant_colors(variants: Mapping[str, Any]) -> dict[str, str]:
-    return {name: VARIANTS[i % len(VARIANTS)] for i, name in enumerate(variants)}
 
 
 def _series(history: Rows, key: str) -> Series:

@@ -108,12 +108,11 @@ class Change:
     high: float
     drift: float  # 1 - CKA: 0 the same geometry, 1 nothing in common
 
-    @property
-    def sentence(self) -> str:
+    def sentence(self, variant: str, base: str) -> str:
         said = "more separable than" if self.low > 0 else "less separable than" if self.high < 0 else "as separable as"
         return (
-            f"The perspectives are {said} in the base student (silhouette {self.silhouette:+.2f}, "
-            f"95 % interval {self.low:+.2f} to {self.high:+.2f}); its geometry has drifted by {self.drift:.2f} (1 - CKA)."
+            f"In {variant} the perspectives are {said} in {base} (silhouette {self.silhouette:+.2f}, "
+            f"95 % interval {self.low:+.2f} to {self.high:+.2f}); the geometry has drifted by {self.drift:.2f} (1 - CKA)."
         )
 
 

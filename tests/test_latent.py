@@ -204,12 +204,12 @@ def test_a_student_has_not_moved_from_itself(clear: latent.LatentReport) -> None
     change = latent.against(clear.map, clear.map)
     assert (change.silhouette, change.low, change.high) == (0, 0, 0)
     assert change.drift == pytest.approx(0, abs=1e-9)
-    assert "as separable as in the base student" in change.sentence
+    assert change.sentence("mind", "base").startswith("In mind the perspectives are as separable as in base")
 
 
 def test_more_and_less_separable_are_told_apart(clear: latent.LatentReport, none: latent.LatentReport) -> None:
-    assert "more separable than" in latent.against(clear.map, none.map).sentence
-    assert "less separable than" in latent.against(none.map, clear.map).sentence
+    assert "more separable than" in latent.against(clear.map, none.map).sentence("mind", "base")
+    assert "less separable than" in latent.against(none.map, clear.map).sentence("mind", "base")
     assert 0 < latent.against(clear.map, none.map).drift < 1
 
 

@@ -41,7 +41,7 @@ with tracking.open_run(Workspace(Path(sys.argv[1])), Tracking(experiment="race")
     for step in range(5):
         run.log({"train/loss": step / 10, "metanet/loss": 1.0}, step)
     if name == "killed":
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while run._client.get_run(run.id).data.metrics.get("train/loss") != 0.4 and time.monotonic() < deadline:
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)

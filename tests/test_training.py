@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Mapping
@@ -297,3 +298,33 @@ def test_a_loss_that_is_no_number_stops_the_run() -> None:
         loaded.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(MindError, match="step 1: the gradient is nan"):
         train(loaded, resolved(PLAIN), tiny.examples(2), build)
+
+
+# ---------------------------------------------------------------------- stage
+
+
+@pytest.mark.slow
+def test_the_stage_leaves_equal_folders_for_equal_runs(tmp_path: Path) -> None:
+    from mind import outputs
+    from mind.records import write_jsonl
+    from mind.stages import distill
+    from mind.workspace import Workspace
+
+    workspace, student = Workspace(tmp_path), tiny.save(tmp_path / "tiny")
+    workspace.dataset.mkdir()
+    write_jsonl(workspace.dataset / "train.jsonl", tiny.examples(4))
+    outputs.write_manifest(workspace.dataset, stage="snapshot", inputs={}, config={}, counts={})
+    settings = config.validate({"student": {"name": str(student)}, "variants": {"base": {"method": "base"}, "mind": {"method": "mind"}}})
+    first = {}
+    for _ in range(2):
+        for variant in ("base", "mind"):
+            distill.run(settings, workspace, variant)
+            folder = workspace.student(variant)
+            assert outputs.digest_path(folder) == first.setdefault(variant, outputs.digest_path(folder))
+    base, mind = outputs.read_manifest(workspace.student("base")), outputs.read_manifest(workspace.student("mind"))
+    assert list(base["inputs"]) == ["student"] and set(mind["inputs"]) == {"dataset", "student"}
+    assert [p.name for p in workspace.student("base").iterdir()] == [outputs.MANIFEST]
+    assert base["fingerprint"] != mind["fingerprint"]
+    rows = [json.loads(line) for line in (workspace.student("mind") / "history.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == mind["counts"]["steps"] == 4
+    assert not any(workspace.checkpoints("x").parent.iterdir())

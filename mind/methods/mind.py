@@ -42,8 +42,9 @@ def view_weights(scores: Tensor, selected: Tensor, tau: float) -> Tensor:
 class Memory:
     """What is known of every view from its last run: filtered and instant loss, features, and how often its question was visited."""
 
-    def __init__(self, questions: int, width: int, mu: float) -> None:
+    def __init__(self, questions: int, width: int, mu: float, feedback: str) -> None:
         views = len(PERSPECTIVES)
+        self.feedback = feedback
         self.inertia = Inertia(questions, views, mu)
         self.instant = torch.full((questions, views), float("nan"))
         self.question_features = torch.zeros(questions, width)
@@ -57,7 +58,8 @@ class Memory:
         seen = torch.zeros_like(losses, dtype=torch.bool)
         places = [(q, PERSPECTIVES.index(name)) for q, own in enumerate(names) for name in own]
         q, k = torch.tensor(places).unbind(dim=1)
-        losses[q, k], seen[q, k] = outputs.ce().detach().cpu(), True
+        signal = outputs.ce() if self.feedback == "target" else outputs.answer_ce
+        losses[q, k], seen[q, k] = signal.detach().cpu(), True
         self.inertia.update(rows, losses, seen)
         self.instant[rows] = torch.where(seen, losses, self.instant[rows])
         self.question_features[rows] = outputs.prompt_features.cpu()
@@ -97,7 +99,7 @@ class Mind(Method):
             torch.manual_seed(setup.seed)
             self.net = MetaNet(setup.width, len(PERSPECTIVES), width=net.width, heads=net.heads, self_attention=options.self_attention)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=net.learning_rate)
-        self.memory = Memory(setup.questions, setup.width, options.inertia)
+        self.memory = Memory(setup.questions, setup.width, options.inertia, options.feedback)
         self.setup = setup
         self.pending = 0  # questions whose gradient MetaNet has gathered since its last step
         self.student_steps = 0

@@ -6,6 +6,7 @@ evaluation goes on where it stopped and no answer is generated twice. Grades are
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 from pydantic import ValidationError
 from rich.table import Table
 
-from mind import latent, outputs, tracking
+from mind import figures, latent, outputs, tracking
 from mind.benchmarks.contamination import contamination
 from mind.benchmarks.loading import Benchmark, Domain, load
 from mind.config import Config, Evaluation
@@ -44,7 +45,7 @@ def run(config: Config, workspace: Workspace, variant: str | None) -> None:
     """Write reports/V from students/V, and add its results to the student's run.
 
     Raises:
-        ConfigError, DataError: an unknown or malformed benchmark; the student or the rationales are missing.
+        ConfigError, DataError: an unknown or malformed benchmark; the student, the rationales or the dataset are missing.
         StudentError: a student that cannot be loaded.
         PassingError: the hub or the tracking server does not answer.
     """
@@ -53,29 +54,33 @@ def run(config: Config, workspace: Workspace, variant: str | None) -> None:
     manifest = outputs.read_manifest(source)
     benchmarks = [load(name, workspace, config.evaluation.limit) for name in config.evaluation.benchmarks]
     training = read_questions(workspace.rationales / "questions.jsonl")
+    held_out = latent.held_out_examples(workspace, config) if config.latent.questions else []
     student = load_student(config.variant(variant).student, source, torch.accelerator.current_accelerator(check_available=True))
+    weights = outputs.digest_path(source)
     with outputs.stage_output(workspace.report(variant)) as folder:
-        weights = outputs.digest_path(source)
         answers = answer(benchmarks, student, weights, config.evaluation, workspace, variant)
         predictions = [graded(benchmark, own) for benchmark, own in zip(benchmarks, answers, strict=True)]
         metrics = measure(benchmarks, predictions, training)
-        if config.latent.questions:
-            found = latent.analyse(
-                student.model, student.tokenizer, latent.held_out_examples(workspace, config), config.latent, config.seed
-            )
+        if held_out:
+            found = latent.analyse(student.model, student.tokenizer, held_out, config.latent, config.seed)
             found.map.write(folder)
+            figures.latent_map({variant: found.map}, folder / "latent.png")
             metrics["latent"] = found.metrics()
         write_jsonl(folder / "predictions.jsonl", [row for rows in predictions for row in rows])
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        inputs = {"student": weights, **{f"benchmark/{benchmark.name}": benchmark.digest for benchmark in benchmarks}}
+        figures.accuracy({variant: metrics}, folder / "accuracy.png")
+        draw_training(source / "history.jsonl", folder)
+        inputs = {**manifest["inputs"], "weights": weights, **{f"benchmark/{benchmark.name}": benchmark.digest for benchmark in benchmarks}}
         settings = {group: getattr(config, group).model_dump(mode="json") for group in ("evaluation", "latent")}
         counts = {benchmark.name: len(benchmark.questions) for benchmark in benchmarks}
         fingerprint = manifest["fingerprint"]
         outputs.write_manifest(folder, stage="evaluate", inputs=inputs, config=settings, counts=counts, fingerprint=fingerprint)
         with tracking.open_run(workspace, config.tracking, name=variant, fingerprint=fingerprint, resume_finished=True) as tracked:
             tracked.log(scalars(metrics), step=0)
+            for picture in sorted(folder.glob("*.png")):
+                tracked.figure(picture)
     console.print(table(variant, metrics))
-    if "latent" in metrics:
+    if held_out:
         console.print(metrics["latent"]["sentence"])
 
 
@@ -222,6 +227,20 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
         name: measure["value"] for name, measure in metrics.get("latent", {}).items() if isinstance(measure, dict) and "value" in measure
     }
     return {**values, **{f"latent/{name}": value for name, value in measures.items()}}
+
+
+def draw_training(history: Path, folder: Path) -> None:
+    """curves.csv, and the pictures of what the student's training log holds; nothing for a student that was not trained."""
+    if not history.exists():
+        return
+    rows = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
+    names = dict.fromkeys(["step", *(name for row in rows for name in row)])
+    with (folder / "curves.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, names, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    figures.inertia(rows, folder / "inertia.png")
+    figures.weights(rows, folder / "weights.png")
 
 
 def table(variant: str, metrics: Mapping[str, Any]) -> Table:

@@ -155,7 +155,7 @@ def _decode(
     shared = _shared_prefix(list(prompts.values()))
     store = _Store(capacity, longest)
     device = next(model.parameters()).device
-    waiting = list(reversed(prompts))  # the longest are taken first, from the end
+    waiting = [*prompts][::-1]  # the longest are taken first, from the end
     rows: list[_Row] = []
     if shared:
         _forward(

@@ -6,6 +6,7 @@ A student is the embedded `smollm2-135m`, a hub id or a local folder. Weights ar
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,9 @@ def _sort_lists(path: Path) -> None:
 def _merged(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 asks transformers 5.23 by a name that leaves in version 6
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
 
 
 def _hub_student(settings: config.Student) -> tuple[Path, str]:

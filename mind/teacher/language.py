@@ -36,7 +36,7 @@ def foreign(question: str, reply: str) -> str | None:
     if script:
         return script
     found = _latin_language(reply)
-    own = _latin_language(question) if found else None
+    own = _latin_language(question, FEWEST_WORDS // 2) if found else None
     return found if own and own != found else None
 
 
@@ -65,8 +65,8 @@ def _script(letter: str) -> str:
     return "JAPANESE" if script in ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA") else script
 
 
-def _latin_language(text: str) -> str | None:
-    """The language whose function words stand out: at least FEWEST_WORDS of them, and twice as many as of any other."""
+def _latin_language(text: str, fewest: int = FEWEST_WORDS) -> str | None:
+    """The language whose function words stand out: at least `fewest` of them, and twice as many as of any other."""
     hits = Counter(language for word in re.findall(r"[^\W\d_]+", text.lower()) for language in LANGUAGES.get(word, ()))
     (language, most), (_, second) = (*hits.most_common(2), ("", 0), ("", 0))[:2]
-    return language if most >= FEWEST_WORDS and most >= 2 * second else None
+    return language if most >= fewest and most >= 2 * second else None

@@ -2,8 +2,9 @@
 
 Width adapts as TCP does, on any endpoint: a refusal (429, overload) halves it, once for all calls that were sent before the cut was
 known, and never leaves it wider than what the endpoint took of that burst. Every success widens it again, fast up to the width that was
-refused last, slowly beyond, because each probe of a hard limit costs a refusal and half the width for one round trip. `Retry-After` closes the gate for everybody, `x-ratelimit-*` headers that
-announce an empty bucket close it before the refusal comes. Limits per minute that the user set are kept by even spacing.
+refused last, slowly beyond, because each probe of a hard limit costs a refusal and half the width for one round trip. `Retry-After`
+closes the gate for everybody, `x-ratelimit-*` headers that announce an empty bucket close it before the refusal comes. Limits per minute
+that the user set are kept by even spacing.
 """
 
 from __future__ import annotations

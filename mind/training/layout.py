@@ -73,6 +73,7 @@ class Outputs:
     mask: Tensor  # (S, T) bool
     logits: Tensor  # (R, V)
     answers: tuple[tuple[int, int], ...]  # a view's answer, as rows of `logits`
+    answer_ce: Tensor  # (S,) float32: mean over the answer's tokens only
     prompt_features: Tensor  # (G, H) float32, detached: mean last hidden state of the prompt
     view_features: Tensor  # (S, H) float32, detached: the same of the view's own tokens
 
@@ -90,7 +91,13 @@ class Outputs:
         answers = tuple(self.answers[view] for view in views)
         places = list(views)
         return Outputs(
-            self.nll[places], self.mask[places], self.logits, answers, self.prompt_features[list(groups)], self.view_features[places]
+            self.nll[places],
+            self.mask[places],
+            self.logits,
+            answers,
+            self.answer_ce[places],
+            self.prompt_features[list(groups)],
+            self.view_features[places],
         )
 
 
@@ -229,8 +236,9 @@ def _run(
     flat = token_nll(logits, targets)
     nll = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
     spans = tuple((start + r.answer[0], start + r.answer[1]) for start, r in zip(starts, responses, strict=False))
+    answer_ce = torch.stack([flat[start:end].mean() for start, end in spans])
     views = [view[1:] for view in where]  # without the prompt's last token, which predicts a view's first
-    return Outputs(nll, mask, logits, spans, _pool(hidden, prompts), _pool(hidden, views))
+    return Outputs(nll, mask, logits, spans, answer_ce, _pool(hidden, prompts), _pool(hidden, views))
 
 
 def _forward_rows(model: nn.Module, inputs: Mapping[str, Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
