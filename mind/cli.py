@@ -123,8 +123,11 @@ def evaluate(variant: str, overrides: tuple[str, ...], force: bool) -> None:
 @json_option
 @click.option("--markdown", "form", flag_value="markdown", help="A Markdown table.")
 @click.option("--latex", "form", flag_value="latex", help="A LaTeX table.")
+@click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Also draw it, as PNG, SVG or PDF.")
 @guarded
-def compare(overrides: tuple[str, ...], variants: str | None, reference: str | None, as_json: bool, form: str | None) -> None:
+def compare(
+    overrides: tuple[str, ...], variants: str | None, reference: str | None, as_json: bool, form: str | None, picture: Path | None
+) -> None:
     """Table of variants x benchmarks with 95 % intervals and paired differences."""
     from mind import comparison
     from mind.config import load_config
@@ -133,6 +136,8 @@ def compare(overrides: tuple[str, ...], variants: str | None, reference: str | N
     names = [name.strip() for name in variants.split(",")] if variants else None
     result = comparison.compare(workspace, load_config(workspace.params), names, reference)
     comparison.show(result, "json" if as_json else form or "console")
+    if picture is not None:
+        comparison.draw(result, picture)
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""reports/ of several variants -> which one helps, by how much, and whether that is more than chance. `mind compare` and the end of `mind run`.
+"""reports/ of several variants -> which one helps, by how much, and whether that is more than chance. Called by the CLI and its `run`.
 
 Every difference is paired: two students on the same questions. Intervals and tests are those of mind.statistics; the p values of a
 column are corrected for the number of variants in it (Holm). Imports of numpy and matplotlib are late: the CLI imports this module.
@@ -31,13 +31,18 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class Row:
-    """One variant. `differences` are to the reference, by benchmark and by domain, with Holm-corrected p; empty for the reference itself."""
+    """One variant; what follows the metrics is against the reference, and empty for the reference itself."""
 
     variant: str
     metrics: Mapping[str, Any]  # its metrics.json
-    differences: Mapping[str, Difference] = field(default_factory=dict)
+    differences: Mapping[str, Difference] = field(default_factory=dict)  # by benchmark and by domain, Holm-corrected p
     forgot: tuple[int, int] | None = None  # questions that the reference has right and this one wrong, of how many
-    sentences: tuple[str, ...] = ()
+    finding: str = ""
+    latent: str = ""
+
+    @property
+    def sentences(self) -> list[str]:
+        return [text for text in (self.finding, self.latent) if text]
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ def _rows(
         pairs = _pairs(report.grades, base.grades).values()
         forgot = (sum(b and not a for pair in pairs for a, b in pair), sum(b for pair in pairs for _, b in pair))
         row = Row(name, report.metrics, differences[name], forgot)
-        rows.append(replace(row, sentences=(_sentence(row, reference), *_latent_sentence(name, reference, maps, seed))))
+        rows.append(replace(row, finding=_finding(row, reference), latent=_latent(name, reference, maps, seed)))
     return tuple(rows), notes
 
 
@@ -150,7 +155,9 @@ def _unpaired(name: str, ours: Grades, reference: str, theirs: Grades) -> Iterab
     for benchmark in dict.fromkeys([*theirs, *ours]):
         first, second = ours.get(benchmark, {}), theirs.get(benchmark, {})
         common = len(first.keys() & second.keys())
-        if common < max(len(first), len(second)):
+        if not first or not second:
+            yield f"{benchmark}: answered by {name if first else reference} only; it counts in no difference of the two."
+        elif common < max(len(first), len(second)):
             yield (
                 f"{benchmark}: {name} answered {len(first)} questions and {reference} {len(second)}; "
                 f"differences are on the {common} that both answered."
@@ -161,12 +168,12 @@ def _differences(report: _Report, base: _Report, seed: int) -> dict[str, Differe
     """By benchmark and by domain."""
     from mind.statistics import macro_difference, paired_difference
 
-    pairs = {name: tuple(zip(*rows, strict=True)) for name, rows in _pairs(report.grades, base.grades).items()}
+    pairs = {name: ([a for a, _ in rows], [b for _, b in rows]) for name, rows in _pairs(report.grades, base.grades).items()}
     found = {name: paired_difference(*pair) for name, pair in pairs.items()}
     for domain in DOMAINS:
         own = [pair for name, pair in pairs.items() if report.metrics["benchmarks"][name]["domain"] == domain]
         if own:
-            found[domain] = macro_difference(own, seed=seed)  # type: ignore[arg-type]  # pairs of equal length, by construction
+            found[domain] = macro_difference(own, seed=seed)
     return found
 
 
@@ -191,7 +198,7 @@ def verdict(difference: Difference) -> str:
     return "better" if difference.value > 0 else "worse"
 
 
-def _sentence(row: Row, reference: str) -> str:
+def _finding(row: Row, reference: str) -> str:
     """One sentence on both domains and on what was forgotten."""
     own = {label: row.differences[domain] for domain, label in DOMAINS.items() if domain in row.differences}
     if not own:
@@ -207,15 +214,15 @@ def _sentence(row: Row, reference: str) -> str:
     return f"{row.variant} is {'; '.join(parts)}. Of {right} questions that {reference} had right it has {lost} wrong."
 
 
-def _latent_sentence(name: str, reference: str, maps: Mapping[str, LatentMap], seed: int) -> tuple[str, ...]:
+def _latent(name: str, reference: str, maps: Mapping[str, LatentMap], seed: int) -> str:
     from mind.latent import against
 
     if name not in maps or reference not in maps:
-        return ()
+        return ""
     try:
-        return (against(maps[name], maps[reference], seed).sentence(name, reference),)
+        return against(maps[name], maps[reference], seed).sentence(name, reference)
     except DataError:  # other held-out rationales: nothing to compare, which is no fault of either
-        return ()
+        return ""
 
 
 def _benchmarks(rows: Iterable[Row], domain: str) -> list[str]:
@@ -244,11 +251,20 @@ def show(result: Comparison, form: Form = "console") -> None:
 
 
 def draw(result: Comparison, path: Path) -> None:
-    """The picture of the accuracy table, with the finding of the last variant as its title."""
+    """The accuracy table as a picture; its title says how the variant that gained most compares with the reference."""
     from mind import figures
 
-    first = next((row.sentences[0] for row in reversed(result.rows) if row.sentences), "")
-    figures.accuracy({row.variant: row.metrics for row in result.rows}, path, title=first)
+    figures.accuracy({row.variant: row.metrics for row in result.rows}, path, title=_headline(result))
+
+
+def _headline(result: Comparison) -> str:
+    compared = [row for row in result.rows if any(domain in row.differences for domain in DOMAINS)]
+    if not compared:
+        return ""
+    best = max(compared, key=lambda row: sum(row.differences[domain].value for domain in DOMAINS if domain in row.differences))
+    own = {label: best.differences[domain] for domain, label in DOMAINS.items() if domain in best.differences}
+    gains = ", ".join(f"{_points(difference.value)} points {label} ({verdict(difference)})" for label, difference in own.items())
+    return f"{best.variant} against {result.reference}: {gains}"
 
 
 def draw_latent(result: Comparison, path: Path) -> bool:
@@ -256,9 +272,10 @@ def draw_latent(result: Comparison, path: Path) -> bool:
     from mind import figures
 
     drawn = dict(list(result.maps.items())[:4])
-    titles = [row.sentences[1] for row in result.rows if row.variant in drawn and len(row.sentences) > 1]
     if drawn:
-        figures.latent_map(drawn, path, title=titles[-1] if titles else "")
+        figures.latent_map(
+            drawn, path, title=next((row.latent for row in reversed(result.rows) if row.variant in drawn and row.latent), "")
+        )
     return bool(drawn)
 
 
@@ -270,7 +287,7 @@ def to_json(result: Comparison) -> str:
             **{domain: row.metrics[domain] for domain in DOMAINS if domain in row.metrics},
             "differences": {key: {**asdict(difference), "verdict": verdict(difference)} for key, difference in row.differences.items()},
             "forgot": {"lost": row.forgot[0], "of": row.forgot[1]} if row.forgot else None,
-            "sentences": list(row.sentences),
+            "sentences": row.sentences,
         }
         for row in result.rows
     ]
@@ -314,17 +331,19 @@ def to_latex(result: Comparison) -> str:
             cells.append(f"{_percent(score)}{dagger} {{\\scriptsize [{_ends(score, ', ')}]}}" if score else "--")
         lines.append(" & ".join([_tex(row.variant), *cells]) + r" \\")
     caption = (
-        f"Accuracy in \\%, with 95\\,\\% Wilson intervals. $^\\dagger$ differs from {_tex(result.reference)} on the same questions: exact McNemar test "
-        f"(averages: paired randomisation test), Holm-corrected $p < {SIGNIFICANT}$."
+        f"Accuracy in \\%, with 95\\,\\% Wilson intervals. $^\\dagger$ differs from {_tex(result.reference)} on the same questions: "
+        f"exact McNemar test (averages: paired randomisation test), Holm-corrected $p < {SIGNIFICANT}$."
     )
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption}}}", r"\end{table}"])
 
 
 def _tables(result: Comparison) -> Iterable[Table]:
+    from rich import box
     from rich.table import Table
 
     columns = result.columns
-    accuracies = Table("variant", title="Accuracy in %, with 95 % intervals", title_justify="left")
+    look: Any = {"box": box.SIMPLE_HEAD, "title_justify": "left", "title_style": "bold"}
+    accuracies = Table("variant", title="Accuracy in %, with 95 % intervals", **look)
     for heading in columns.values():
         accuracies.add_column(heading, justify="right", no_wrap=True)
     for row in result.rows:
@@ -332,7 +351,7 @@ def _tables(result: Comparison) -> Iterable[Table]:
     yield accuracies
     compared = [row for row in result.rows if row.differences]
     if compared:
-        gains = Table("variant", title=f"Difference to {result.reference} in points, same questions", title_justify="left")
+        gains = Table("variant", title=f"Difference to {result.reference} in points, on the same questions", **look)
         for heading in [*columns.values(), "forgot"]:
             gains.add_column(heading, justify="right", no_wrap=True)
         for row in compared:
@@ -391,7 +410,7 @@ def _flat(columns: Mapping[str, str]) -> list[str]:
 
 def _markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heading, ["---", *["--:"] * (len(heading) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '\\|') for cell in line)} |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _tex(text: str) -> str:

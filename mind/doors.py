@@ -37,11 +37,13 @@ def summary(workspace: Workspace, config: Config) -> None:
     """What came out: the table, the picture, the dataset version, and where to look further."""
     from mind import comparison, tracking
 
-    comparison.show(comparison.compare(workspace, config, list(config.run.variants)), "console")
+    result = comparison.compare(workspace, config, list(config.run.variants))
+    comparison.draw(result, workspace.reports / "comparison.png")
+    comparison.draw_latent(result, workspace.reports / "latent.png")
+    comparison.show(result, "console")
     console.print(f"dataset   {versioning.version_of(workspace.dataset)}")
-    pictures = sorted(p.relative_to(workspace.root).as_posix() for p in workspace.root.glob("reports/*/*.png"))
-    console.print(f"pictures  {escape(', '.join(pictures))}")
-    console.print(f"runs      {escape(tracking.ui_hint(workspace, config.tracking))}")
+    console.print(f"pictures  reports/comparison.png, reports/latent.png, and reports/VARIANT/*.png")
+    console.print(f"runs      {escape(tracking.ui_hint(workspace, config.tracking))}   (then open http://127.0.0.1:5000)")
 
 
 def stage(workspace: Workspace, name: str, variant: str | None = None, *, force: bool = False) -> None:

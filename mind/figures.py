@@ -123,7 +123,7 @@ def accuracy(reports: Mapping[str, Mapping[str, Any]], path: Path, title: str = 
 
     Args:
         reports: variant -> its metrics.json; the order is that of the colours and of the legend.
-        title: the finding; by default the averages of the first and the last variant.
+        title: the finding; by default the averages of the best variant.
     """
     bands = list(_bands(reports))
     colors = dict(zip(reports, (VARIANTS if len(reports) > 1 else VARIANTS[1:]) * len(reports), strict=False))
@@ -196,13 +196,9 @@ def _weights_title(series: Mapping[str, Series]) -> str:
 
 
 def _accuracy_title(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    names = list(reports)
-    first, last = reports[names[0]], reports[names[-1]]
-    shared = {domain: label for domain, label in DOMAINS.items() if domain in first and domain in last}
-    if len(names) == 1:
-        return f"{names[0]}: " + ", ".join(f"{100 * last[d]['accuracy']:.1f} % {label}" for d, label in shared.items())
-    gains = {d: 100 * (last[d]["accuracy"] - first[d]["accuracy"]) for d in shared}
-    return f"{names[-1]} against {names[0]}: " + ", ".join(f"{gains[d]:+.1f} points {label}" for d, label in shared.items())
+    averages = {name: {d: 100 * report[d]["accuracy"] for d in DOMAINS if d in report} for name, report in reports.items()}
+    best = max(averages, key=lambda name: sum(averages[name].values()))
+    return f"{best}: " + ", ".join(f"{value:.1f} % {DOMAINS[domain]}" for domain, value in averages[best].items())
 
 
 # ---------------------------------------------------------------------- parts

@@ -320,7 +320,7 @@ def reduce(points: Array, components: int) -> Array:
 def mixture(points: Array, components: int, seed: int) -> Ints:
     """Component of each point in a Dirichlet-process mixture of round Gaussians, (N,); at most `components` of them.
 
-    Round ones, because on 192 points full covariances find 14 components in noise; these find one (docs/log.md).
+    Round ones, because on 192 points full covariances find 14 components in noise; these find one (docs/latent.md).
     """
     import warnings
 

@@ -100,8 +100,8 @@ def paired_difference(variant: ArrayLike, reference: ArrayLike, level: float = L
 def macro_difference(pairs: Sequence[tuple[ArrayLike, ArrayLike]], seed: int = 0, level: float = LEVEL, draws: int = DRAWS) -> Difference:
     """Difference of two accuracies averaged over benchmarks, each of the same weight.
 
-    Interval: paired bootstrap, stratified by benchmark; half a question is added to each kind of disagreement, since without it
-    two students that disagree on 1 question of 30 get an interval that holds the truth 60 % of the time (docs/latent.md).
+    Interval: paired bootstrap, stratified by benchmark; half a question is added to each kind of disagreement, without which three
+    benchmarks of 30 questions with few disagreements get intervals that hold the truth 75 % of the time (docs/latent.md).
     Test: the two students' answers change places at random, question by question (exact McNemar is this for one benchmark).
     One benchmark gives `paired_difference`, to the last digit.
 

@@ -61,7 +61,11 @@ class Workspace:
         return self.root / "students" / variant
 
     def report(self, variant: str) -> Path:
-        return self.root / "reports" / variant
+        return self.reports / variant
+
+    @property
+    def reports(self) -> Path:
+        return self.root / "reports"
 
     @property
     def caches(self) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from mind import tracking
 from mind.benchmarks.loading import Benchmark, load
@@ -49,7 +50,7 @@ def workspace(tmp_path: Path) -> Workspace:
     write_jsonl(made.rationales / "rationales.jsonl", rows)
     write_jsonl(made.dataset / "train.jsonl", examples)
     made.student("base").mkdir(parents=True)
-    write_manifest(made.student("base"), stage="distill", inputs={}, config={}, counts={}, fingerprint="f" * 64)
+    write_manifest(made.student("base"), stage="distill", inputs={"dataset": "d" * 32}, config={}, counts={}, fingerprint="f" * 64)
     return made
 
 
@@ -105,7 +106,9 @@ def test_a_report_says_what_was_answered_and_how_well(home: Path, workspace: Wor
     assert metrics["contamination"]["primer"]["same"] == 0
     manifest = json.loads((workspace.report("base") / "manifest.json").read_text())
     assert manifest["inputs"]["benchmark/primer"] == load("primer", workspace, LIMIT).digest
-    assert manifest["inputs"]["student"] == digest_path(workspace.student("base"))
+    assert manifest["inputs"]["weights"] == digest_path(workspace.student("base"))
+    assert manifest["inputs"]["dataset"] == "d" * 32  # what its student was made of is in its manifest too
+    assert (workspace.report("base") / "accuracy.png").stat().st_size > 1000
 
 
 def test_the_results_are_in_the_students_run(home: Path, workspace: Workspace) -> None:
@@ -113,7 +116,8 @@ def test_the_results_are_in_the_students_run(home: Path, workspace: Workspace) -
     evaluate.run(config, workspace, "base")
     metrics = json.loads((workspace.report("base") / "metrics.json").read_text())
     run_id = tracking.find_run(workspace, config.tracking, "f" * 64)
-    stored = _client(config, workspace).get_run(run_id).data.metrics
+    client = MlflowClient(f"sqlite:///{tracking.database_of(workspace, config.tracking)}")
+    stored = client.get_run(run_id).data.metrics
     for name in ("primer", "choice"):
         for key in ("accuracy", "ci_low", "ci_high"):
             assert stored[f"eval/{name}/{key}"] == pytest.approx(metrics["benchmarks"][name][key])
@@ -121,12 +125,8 @@ def test_the_results_are_in_the_students_run(home: Path, workspace: Workspace) -
     assert stored["eval/ood/ci_high"] == pytest.approx(metrics["ood"]["ci_high"])
     for name in ("components", "ari", "silhouette"):
         assert stored[f"latent/{name}"] == pytest.approx(metrics["latent"][name]["value"])
-
-
-def _client(config: Config, workspace: Workspace) -> Any:
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(f"sqlite:///{tracking.database_of(workspace, config.tracking)}")
+    pictures = {file.path for file in client.list_artifacts(run_id, "figures")}
+    assert pictures >= {"figures/accuracy.png", "figures/latent.png"}
 
 
 def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_bytes(
@@ -179,6 +179,14 @@ def test_what_decides_the_answers_asks_again(changed: str, home: Path, workspace
         file.write_text(file.read_text().replace("knives", "forks"))
     evaluate.run(settings(home, evaluation={"benchmarks": ["primer"], "max_new_tokens": tokens}), workspace, "base")
     assert asked == [LIMIT, LIMIT]
+
+
+def test_the_training_log_becomes_curves_and_pictures(tmp_path: Path) -> None:
+    rows = [{"step": step, "train/loss": 2 / step, **({"metanet/weight/socratic": 0.5} if step > 1 else {})} for step in (1, 2, 3)]
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.draw_training(tmp_path / "history.jsonl", tmp_path)
+    assert (tmp_path / "curves.csv").read_text().splitlines()[:3] == ["step,train/loss,metanet/weight/socratic", "1,2.0,", "2,1.0,0.5"]
+    assert (tmp_path / "weights.png").exists() and not (tmp_path / "inertia.png").exists()
 
 
 def test_a_missing_student_is_said(home: Path, workspace: Workspace) -> None:

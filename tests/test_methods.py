@@ -83,7 +83,9 @@ def test_mind_with_all_parts_off_is_without_fusion() -> None:
         torch.testing.assert_close(weights[name], value, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("changed", [{"consistency": 0.0}, {"beta": 0.0}, {"self_attention": False}, {"tau_student": 5.0}])
+@pytest.mark.parametrize(
+    "changed", [{"feedback": "answer"}, {"consistency": 0.0}, {"beta": 0.0}, {"self_attention": False}, {"tau_student": 5.0}]
+)
 def test_every_ablation_changes_the_course(changed: dict[str, Any]) -> None:
     _, weights = trained(mind(consistency=1.0))
     _, other = trained(mind(**{"consistency": 1.0, **changed}))
@@ -124,6 +126,7 @@ def test_warm_up_leaves_the_student_untouched_and_teaches_metanet_the_order_of_t
     cold, _, _ = prepared(mind(metanet={"width": 16, "heads": 2, "warmup_epochs": 0}))
     before = tiny.model().state_dict()
     assert all(torch.equal(before[name], value) for name, value in student.model.state_dict().items())
+    assert all(p.grad is None for p in warm.net.parameters())  # nothing of it leaks into MetaNet's first joint step
     rows = torch.arange(len(questions))
     with torch.no_grad():
         assert float(warm._score(rows)[1].mean()) < 0.5 * float(cold._score(rows)[1].mean())
@@ -209,6 +212,25 @@ def test_between_refreshes_unselected_views_keep_their_filtered_loss() -> None:
     assert 1 <= int(changed.sum()) < 8
     assert int(changed.sum()) == student.runs[0][0]
     assert (method.memory.inertia.filtered[1:] == before[1:]).all()
+
+
+@pytest.mark.parametrize("feedback", ["target", "answer"])
+def test_feedback_is_the_loss_over_the_whole_target_or_over_the_answer(feedback: str) -> None:
+    method, questions, student = prepared(mind(feedback=feedback))
+    for question in questions[:2]:
+        outputs = student([question.group()])
+        for k, response in enumerate(question.views.values()):
+            start, end = response.answer if feedback == "answer" else (0, len(response.ids))
+            expected = float(outputs.nll[k, start:end].detach().mean())
+            assert float(method.memory.inertia.filtered[question.index, k]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_first_steps_take_one_pass_and_a_narrow_choice_soon_takes_two() -> None:
+    method, questions, student = prepared(mind(beta=1.0))
+    for question in questions * 3:
+        method.loss([question], student)
+    assert student.runs[0] == (8, True)
+    assert student.runs[-2:] == [(8, False), (1, True)]
 
 
 # --------------------------------------------------------------- what it is for

@@ -125,9 +125,9 @@ class Mind(Method):
         generator = torch.Generator().manual_seed(self.setup.seed)
         for _ in range(net.warmup_epochs):
             for batch in rows[torch.randperm(len(rows), generator=generator)].split(self.setup.step_questions * net.accumulation):
-                optimizer.zero_grad()
                 self._score(batch)[1].mean().backward()
                 optimizer.step()
+                optimizer.zero_grad()
 
     def _features(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         present = ~self.memory.inertia.filtered[rows].isnan()
@@ -203,9 +203,9 @@ class Mind(Method):
         return pairwise_consistency(torch.stack([outputs.answer_logprobs(view) for view in views]), alpha)
 
     def _watch_share(self, questions: Sequence[Encoded], names: list[list[str]]) -> None:
-        run = sum(len(q.prompt) + len(q.views[name].ids) for q, own in zip(questions, names, strict=True) for name in own)
-        of = sum(len(q.prompt) + len(view.ids) for q in questions for view in q.views.values())
-        self.share = 0.9 * self.share + 0.1 * run / of
+        selected = sum(_packed_tokens(question, own) for question, own in zip(questions, names, strict=True))
+        whole = sum(_packed_tokens(question, list(question.views)) for question in questions)
+        self.share = 0.9 * self.share + 0.1 * selected / whole
 
     def _rows(self, questions: Sequence[Encoded], choice: Choice, sft: list[Tensor], consistency: list[Tensor]) -> list[dict[str, float]]:
         """The metrics of each question: losses, and MetaNet's view of every perspective present."""
@@ -268,3 +268,7 @@ def _places(questions: Sequence[Encoded], names: Sequence[Sequence[str]]) -> lis
         places += [start + order.index(name) for name in own]
         start += len(order)
     return places
+
+
+def _packed_tokens(question: Encoded, names: Sequence[str]) -> int:
+    return len(question.prompt) + sum(len(question.views[name].ids) for name in names)

@@ -64,7 +64,7 @@ def run(config: Config, workspace: Workspace, variant: str | None) -> None:
         if held_out:
             found = latent.analyse(student.model, student.tokenizer, held_out, config.latent, config.seed)
             found.map.write(folder)
-            figures.latent_map({variant: found.map}, folder / "latent.png")
+            figures.latent_map({variant: found.map}, folder / "latent.png", title=found.sentence)
             metrics["latent"] = found.metrics()
         write_jsonl(folder / "predictions.jsonl", [row for rows in predictions for row in rows])
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from mind import outputs
-from mind.config import Config, Endpoint, Price
+from mind.config import Config, Endpoint, Price, flatten
 from mind.errors import DataError, PassingError, TeacherError
 from mind.grading import check_gold
 from mind.progress import bar, console
@@ -46,7 +46,14 @@ class Outcome:
 
 
 def run(config: Config, workspace: Workspace, variant: str | None = None) -> None:
-    """Write rationales/ from the questions that `synthesis.questions` names.
+    """Write rationales/ from the questions that `synthesis.questions` names; show and track what came of it. Raises as `write`."""
+    outcome = write(config, workspace)
+    _show(outcome, config)
+    _track(outcome, config, workspace)
+
+
+def write(config: Config, workspace: Workspace) -> Outcome:
+    """Write rationales/.
 
     Raises:
         DataError: the questions are missing, malformed or not gradable.
@@ -65,7 +72,7 @@ def run(config: Config, workspace: Workspace, variant: str | None = None) -> Non
         ended = {"complete": True} if outcome.stopped is None else {"complete": False, "stopped": outcome.stopped}
         counts = _counts(outcome.tally, config)
         outputs.write_manifest(folder, stage="synthesize", inputs={"questions": digest}, config=_settings(config), counts=counts, **ended)
-    _show(outcome, config)
+    return outcome
 
 
 def dry_run(config: Config, workspace: Workspace) -> Estimate:
@@ -111,7 +118,7 @@ def read_pool(config: Config, workspace: Workspace) -> tuple[Path, list[Question
             do="put your questions there as NAME.jsonl, or name a file in synthesis.questions",
         )
     if pools not in path.parents:
-        console.print(f"{path} lies outside data/questions: changes in it do not make the pipeline run again", style="yellow")
+        console.print(f"{path} lies outside data/questions: changes in it do not make the pipeline run again", style="yellow", markup=False)
     questions = read_questions(path)[: config.synthesis.limit]
     for question in questions:
         fault = check_gold(question.answer, question.kind, question.choices)
@@ -169,10 +176,11 @@ def _wallets(config: Config, cache: ReplyCache) -> tuple[Wallet, Wallet]:
 async def _fill(config: Config, questions: Sequence[Question], cache: ReplyCache, urls: Sequence[str], folder: Path) -> Outcome:
     """Ask everything and write the rows to `folder`."""
     wallets = _wallets(config, cache)
+    may_miss = int(config.synthesis.max_missing * len(questions) * len(config.synthesis.perspectives))
     async with AsyncExitStack() as stack:
         clients = []
-        for endpoint, url, wallet in zip(_endpoints(config), urls, wallets, strict=False):
-            clients.append(Client(endpoint, url, identity(endpoint, config), cache, wallet))
+        for endpoint, url, wallet, group in zip(_endpoints(config), urls, wallets, ("teacher", "synthesis.llm_judge"), strict=False):
+            clients.append(Client(endpoint, url, identity(endpoint, config), cache, wallet, may_miss=may_miss, group=group))
             stack.push_async_callback(clients[-1].close)
         if config.teacher.mode == "live":
             tally, stopped = await _pass(config, questions, clients, folder)
@@ -289,3 +297,29 @@ def _show(outcome: Outcome, config: Config) -> None:
     if outcome.stopped == BUDGET:
         left = f"{tally.incomplete} questions are left out"
         console.print(f"the budget is spent: {left}; raise teacher.budget and run again to go on", style="bold yellow", soft_wrap=True)
+
+
+def _track(outcome: Outcome, config: Config, workspace: Workspace) -> None:
+    """A run `synthesize` in MLflow: what was bought, and the table. A run that bought nothing new is tracked already."""
+    from mind import tracking
+
+    manifest = outputs.read_manifest(workspace.rationales)
+    fingerprint = outputs.digest_json(manifest)
+    if not outcome.bought and tracking.find_run(workspace, config.tracking, fingerprint):
+        return
+    params = flatten(manifest["config"])
+    with tracking.open_run(
+        workspace, config.tracking, name="synthesize", fingerprint=fingerprint, tags={"mind.stage": "synthesize"}, params=params
+    ) as run:
+        run.log(_metrics(outcome, manifest["counts"]), step=0)
+        run.artifact(workspace.rationales / outputs.MANIFEST)
+
+
+def _metrics(outcome: Outcome, counts: Mapping[str, Any]) -> dict[str, float]:
+    """`synthesis/...`: what this process bought, what all rows cost, and every count of every perspective."""
+    metrics = {"bought/calls": outcome.bought, "bought/usd": outcome.usd}
+    metrics |= {name: counts[name] for name in ("questions", "incomplete_questions", "accepted", "usd")}
+    metrics |= {f"used/{name}": count for name, count in counts["used"].items()}
+    for perspective, own in counts["by_perspective"].items():
+        metrics |= {f"{perspective}/{name}": count for name, count in own.items()}
+    return {f"synthesis/{name}": float(value) for name, value in metrics.items()}

@@ -25,7 +25,7 @@ from mind.teacher.limits import Stopped
 from mind.teacher.replies import Reply, Request
 
 SPARE_QUESTIONS = 8
-"""Questions begun beyond those that fill the places in flight: they hide the wait for a question's last view."""
+"""Questions begun beyond two for each place in flight: a question whose last view is slow, or waits for another try, holds up nobody."""
 
 INTERRUPTED, BUDGET = "interrupted", "budget"
 
@@ -97,7 +97,7 @@ class Asking:
         self.fatal: BaseException | None = None
         self.stopped: str | None = None
         self._views = len(config.synthesis.perspectives)
-        self._places = asyncio.Semaphore(config.teacher.in_flight // self._views + SPARE_QUESTIONS)
+        self._places = asyncio.Semaphore(2 * config.teacher.in_flight + SPARE_QUESTIONS)
 
     async def run(self, questions: Sequence[Question]) -> None:
         """Raises whatever made going on impossible, after the calls in flight have ended."""
@@ -122,16 +122,17 @@ class Asking:
         asks = [lambda request, ask=ask: ask(request, seen) for ask in (self._find, self._clients[-1].ask)]
         interviewer = Interviewer(self._config, self._clients[0].identity, *asks)
         try:
-            done = await interviewer.interview(question)
-        except (Stopped, NotBought):
-            pass
-        except BudgetSpent:
-            self.stop(BUDGET)
-        except Exception as error:
+            try:
+                done = await interviewer.interview(question)
+            except (Stopped, NotBought):
+                pass
+            except BudgetSpent:
+                self.stop(BUDGET)
+            self._rows.put(place, done)
+        except Exception as error:  # a refusing endpoint, a full disk
             self.stop(None, error)
         finally:
             self._places.release()
-        self._rows.put(place, done)
         if not seen["bought"]:
             self._progress.resumed += self._views  # found, not made: no part of the rate
         self._progress.advance(self._views if done else 0, self._note())
@@ -161,8 +162,9 @@ def _graceful(asking: Asking) -> Iterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        if asking.stopped != INTERRUPTED:
+        if asking.stopped != INTERRUPTED or task is None:
             raise
+        task.uncancel()
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)

@@ -172,4 +172,4 @@ def price_of(model: str, base_url: str, prices: dict[str, Price], budget: Budget
 @cache
 def _warn(model: str) -> None:
     """Once a process."""
-    console.print(f"no price for the model '{model}': its cost is shown as 0 (teacher.prices)", style="yellow")
+    console.print(f"no price for the model '{model}': its cost is shown as 0 (teacher.prices)", style="yellow", markup=False)

@@ -225,7 +225,7 @@ def _open_or_salvage(path: Path) -> sqlite3.Connection:
     except sqlite3.OperationalError as error:
         raise MindError(f"cannot open {path}: {error}", wanted="a writable folder on a local disk") from error
     except sqlite3.DatabaseError as error:
-        console.print(f"{path} is damaged ({error})", style="yellow")
+        console.print(f"{path} is damaged ({error})", style="yellow", markup=False)
     return _salvage(path)
 
 
@@ -244,7 +244,7 @@ def _salvage(path: Path) -> sqlite3.Connection:
                 connection.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", (key, *row))
                 saved += 1
     _marker(path).unlink(missing_ok=True)
-    console.print(f"saved {saved} replies of a damaged cache; the old file is {damaged}", style="yellow")
+    console.print(f"saved {saved} replies of a damaged cache; the old file is {damaged}", style="yellow", markup=False)
     return connection
 
 

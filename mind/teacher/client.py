@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from mind.config import Endpoint
-from mind.errors import ConfigError, PassingError, TeacherError
-from mind.teacher.budget import Wallet
+from mind.errors import ConfigError, MindError, PassingError, TeacherError
+from mind.teacher.budget import BudgetSpent, Wallet
 from mind.teacher.cache import ReplyCache
 from mind.teacher.limits import Gate, Pass, jittered, retry_after
 from mind.teacher.replies import DECLINED, MalformedReply, Reply, Request, read_completion
@@ -57,10 +57,22 @@ class Client:
         base_url: where it is now (for `embedded`: the loopback address).
         identity: the endpoint's part of every cache key.
         cache, wallet: where replies are kept, and what they may cost.
+        may_miss: requests that may stay unanswered even when no other gets through meanwhile.
+        group: where the settings stand in params.yaml, for messages.
     """
 
-    def __init__(self, endpoint: Endpoint, base_url: str, identity: str, cache: ReplyCache, wallet: Wallet) -> None:
-        self.identity = identity
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        base_url: str,
+        identity: str,
+        cache: ReplyCache,
+        wallet: Wallet,
+        *,
+        may_miss: int = 0,
+        group: str = "teacher",
+    ) -> None:
+        self.identity, self._may_miss, self._group = identity, may_miss, group
         self.counts: Counter[str] = Counter()  # of this process: bought, retried, unanswered
         self.usd = 0.0  # bought by this process
         self.tokens = 0
@@ -117,8 +129,11 @@ class Client:
                 tries += 1
                 self.counts["retried"] += 1
                 if tries > self._endpoint.retries:
-                    raise self._give_up(failure, self.counts["bought"] > bought_before) from None
+                    raise self._give_up(failure, others_pass=self.counts["bought"] > bought_before) from None
                 wait = max(jittered(tries), failure.wait or 0.0)
+            except (MindError, BudgetSpent):
+                self.gate.stop()  # at once: what waits would fare no better
+                raise
             finally:
                 self.gate.leave()
             if wait:
@@ -215,31 +230,36 @@ class Client:
             return TeacherError(
                 f"{self._shown} refuses the key (status {status}): {message}",
                 wanted=f"a valid key in {source} ({state})",
-                do=f"export {self._endpoint.api_key_env}=..., or set teacher.api_key_env to the variable that holds the key",
+                do=f"export {self._endpoint.api_key_env}=..., or set {self._group}.api_key_env to the variable that holds the key",
             )
         if code == "unknown_question":
-            return TeacherError(message, do="set teacher.base_url and teacher.model, or synthesis.questions to 'primer' or 'full'")
+            return TeacherError(
+                message, do=f"set {self._group}.base_url and {self._group}.model, or synthesis.questions to 'primer' or 'full'"
+            )
         if status == 404:
             return TeacherError(
                 f"{self._shown} knows no model '{self._endpoint.model}', or not this path (status 404): {message}",
-                do="check teacher.model, and that teacher.base_url ends where '/chat/completions' follows (usually in /v1)",
+                do=f"check {self._group}.model, and that {self._group}.base_url ends where '/chat/completions' follows (usually in /v1)",
             )
         return TeacherError(
             f"{self._shown} does not take the request (status {status}): {message}",
-            do="check temperature, top_p, seed, extra and max_tokens_key (reasoning models want max_completion_tokens)",
+            do=f"check {self._group}: temperature, top_p, seed, extra and max_tokens_key (reasoning models want max_completion_tokens)",
         )
 
     def _give_up(self, failure: _Failed, others_pass: bool) -> Exception:
         self.counts["unanswered"] += 1
-        if others_pass:
+        if others_pass or self.counts["unanswered"] <= self._may_miss:
             return Unanswered(str(failure))
+        self.gate.stop()
         return PassingError(
             f"{self._shown} gives no usable answer, tried {self._endpoint.retries + 1} times: {failure}",
-            do="check that it is up and teacher.base_url is right, then run again: all replies so far are kept",
+            do=f"check that it is up and {self._group}.base_url is right, then run again: all replies so far are kept; "
+            "if it is a few requests only, allow them to be missing with synthesis.max_missing",
         )
 
     def _check_wait(self, refusal: _Congested) -> None:
         if (refusal.wait or 0.0) > LONGEST_WAIT or self.gate.worn_out:
+            self.gate.stop()
             raise PassingError(
                 f"{self._shown} is overloaded or rate limited: {refusal}",
                 do="run again later: all replies so far are kept; or lower in_flight, or set requests_per_minute and tokens_per_minute",

@@ -56,6 +56,8 @@ class Estimate:
         if limits:
             tokens = self.spent.prompt_tokens + self.spent.completion_tokens
             spent = f"${self.spent.usd:.4f}, {tokens:,} tokens, {self.spent.requests:,} requests"
+            if self.spent.open_requests:
+                spent += f" (and {self.spent.open_requests:,} whose replies are out or lost, reckoned at ${self.spent.open_usd:.4f})"
             fits = "the whole run fits" if has_room(self.spent, self.most, self.budget) else self._short()
             lines.append(
                 f"  budget        {', '.join(f'{limit:,} {name}' for name, limit in limits.items())}; spent so far {spent}; {fits}"

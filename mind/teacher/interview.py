@@ -17,6 +17,7 @@ from mind.records import Question, Rationale
 from mind.teacher import llm_judge
 from mind.teacher.client import Unanswered, request_body
 from mind.teacher.judge import Verdict, duplicates, verdict
+from mind.teacher.limits import Stopped
 from mind.teacher.perspectives import messages
 from mind.teacher.replies import Reply, Request
 
@@ -139,11 +140,14 @@ def view_request(teacher: Endpoint, question: Question, perspective: str, attemp
 
 
 async def together(work: Sequence[Awaitable[T]]) -> list[T]:
-    """All results in order; an exception is raised only when all others have ended, so that what was sent is not thrown away."""
+    """All results in order; an exception is raised only when all others have ended, so that what was sent is not thrown away.
+
+    Of several exceptions the one that says why the run ends is raised, not the Stopped of those that it stopped.
+    """
     results: list[Any] = await asyncio.gather(*work, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    faults = [result for result in results if isinstance(result, BaseException)]
+    if faults:
+        raise next((fault for fault in faults if not isinstance(fault, Stopped)), faults[0])
     return results
 
 

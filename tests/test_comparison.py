@@ -1,0 +1,270 @@
+"""mind.comparison: from reports on disk to tables; every number in them is that of mind.statistics on the same questions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mind import comparison
+from mind.config import Config, validate
+from mind.errors import ConfigError, DataError
+from mind.latent import LatentMap
+from mind.records import PERSPECTIVES, Prediction, write_jsonl
+from mind.statistics import holm, macro_accuracy, macro_difference, paired_difference, wilson
+from mind.workspace import Workspace
+
+DOMAIN = {"primer": "id", "choice": "ood", "yesno": "ood"}
+N = {"primer": 60, "choice": 40, "yesno": 40}
+
+
+@pytest.fixture
+def config() -> Config:
+    methods = {"base": "base", "mind": "mind", "without-fusion": "without_fusion", "instant_loss": "mind"}
+    return validate({"variants": {name: {"method": m} for name, m in methods.items()}, "run": {"variants": ["base", "mind"]}})
+
+
+def answers(seed: int, **shares: float) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {name: random.random(N[name]) < share for name, share in shares.items()}
+
+
+BASE = answers(0, primer=0.2, choice=0.3, yesno=0.5)
+BETTER = {name: right | (np.arange(N[name]) % 5 < 3) if name == "primer" else right for name, right in BASE.items()}
+NOISY = {name: np.where(np.arange(N[name]) % 10 == 0, ~right, right) for name, right in BASE.items()}
+
+
+def write(workspace: Workspace, variant: str, right: dict[str, np.ndarray]) -> Path:
+    """A report as evaluate leaves it."""
+    folder = workspace.report(variant)
+    folder.mkdir(parents=True)
+    scores, rows = {}, []
+    for name, vector in right.items():
+        low, high = wilson(int(vector.sum()), len(vector))
+        counts = {"n": len(vector), "correct": int(vector.sum()), "accuracy": float(vector.mean()), "ci_low": low, "ci_high": high}
+        scores[name] = {**counts, "domain": DOMAIN[name], "answer_rate": 1.0, "mean_tokens": 30.0}
+        rows += [
+            Prediction(benchmark=name, id=f"{name}-{i}", output="", answer="1", gold="1", correct=bool(r), tokens=30)
+            for i, r in enumerate(vector)
+        ]
+    metrics: dict[str, object] = {"benchmarks": scores}
+    for domain in ("id", "ood"):
+        counts = [(score["correct"], score["n"]) for score in scores.values() if score["domain"] == domain]
+        if counts:
+            metrics[domain] = dict(zip(("accuracy", "ci_low", "ci_high"), macro_accuracy(counts), strict=True))  # type: ignore[arg-type]
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    write_jsonl(folder / "predictions.jsonl", rows)
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    made = Workspace(tmp_path)
+    write(made, "base", BASE)
+    write(made, "mind", BETTER)
+    return made
+
+
+# --------------------------------------------------------------------- laws
+
+
+def test_two_identical_variants_do_not_differ(workspace: Workspace, config: Config) -> None:
+    write(workspace, "without-fusion", BASE)
+    row = comparison.compare(workspace, config, ["without-fusion"]).rows[1]
+    assert {difference.value for difference in row.differences.values()} == {0}
+    assert {difference.p for difference in row.differences.values()} == {1}
+    assert row.forgot == (0, int(sum(right.sum() for right in BASE.values())))
+    assert row.finding == "without-fusion does not differ from base: every question is graded the same."
+
+
+def test_differences_are_paired_on_the_same_questions(workspace: Workspace, config: Config) -> None:
+    row = comparison.compare(workspace, config).rows[1]
+    for name in DOMAIN:
+        assert row.differences[name] == paired_difference(BETTER[name], BASE[name])
+    ood = [(BETTER[name], BASE[name]) for name in ("choice", "yesno")]
+    assert row.differences["ood"] == macro_difference(ood, seed=config.seed)
+    assert row.differences["id"] == row.differences["primer"]  # one benchmark: its average is itself
+    assert comparison.verdict(row.differences["primer"]) == "better"
+    assert comparison.verdict(row.differences["ood"]) == "the same"
+
+
+def test_the_order_of_predictions_does_not_matter(workspace: Workspace, config: Config) -> None:
+    before = comparison.compare(workspace, config).rows[1].differences
+    path = workspace.report("mind") / "predictions.jsonl"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    assert comparison.compare(workspace, config).rows[1].differences == before
+
+
+def test_p_is_corrected_for_the_number_of_variants(workspace: Workspace, config: Config) -> None:
+    alone = comparison.compare(workspace, config).rows[1].differences["primer"].p
+    write(workspace, "without-fusion", NOISY)
+    rows = comparison.compare(workspace, config, ["mind", "without-fusion"]).rows[1:]
+    raw = [alone, paired_difference(NOISY["primer"], BASE["primer"]).p]
+    assert [row.differences["primer"].p for row in rows] == holm(raw)
+    assert rows[0].differences["primer"].p == 2 * alone
+
+
+def test_noise_is_called_noise(workspace: Workspace, config: Config) -> None:
+    write(workspace, "without-fusion", NOISY)
+    row = comparison.compare(workspace, config, ["without-fusion"]).rows[1]
+    assert comparison.verdict(row.differences["primer"]) == "within noise"
+    assert "within noise in distribution" in row.finding
+
+
+def test_worse_is_called_worse_and_counts_what_was_forgotten(workspace: Workspace, config: Config) -> None:
+    result = comparison.compare(workspace, config, ["base"], reference="mind")
+    row = result.rows[1]
+    assert row.finding.startswith("base is worse than mind in distribution")
+    lost = sum(int((BETTER[name] & ~BASE[name]).sum()) for name in DOMAIN)
+    assert row.forgot == (lost, sum(int(BETTER[name].sum()) for name in DOMAIN))
+    assert f"it has {lost} wrong" in row.finding
+
+
+# ------------------------------------------------------- what may be missing
+
+
+def test_missing_reports_are_named(workspace: Workspace, config: Config) -> None:
+    result = comparison.compare(workspace, config, ["mind", "without-fusion"])
+    assert [row.variant for row in result.rows] == ["base", "mind"]
+    assert result.missing == ("without-fusion",)
+    assert "without-fusion" in comparison.to_markdown(result)
+
+
+def test_a_missing_reference_leaves_the_accuracies(tmp_path: Path, config: Config) -> None:
+    made = Workspace(tmp_path)
+    write(made, "mind", BETTER)
+    result = comparison.compare(made, config)
+    assert [row.variant for row in result.rows] == ["mind"]
+    assert not result.rows[0].differences
+    assert any("'base' has no report" in note for note in result.notes)
+    for form in ("console", "json", "markdown", "latex"):
+        comparison.show(result, form)  # type: ignore[arg-type]
+
+
+def test_no_report_at_all_is_an_error_that_says_what_to_do(tmp_path: Path, config: Config) -> None:
+    with pytest.raises(DataError, match="mind run"):
+        comparison.compare(Workspace(tmp_path), config)
+
+
+def test_an_unknown_variant_is_refused(workspace: Workspace, config: Config) -> None:
+    with pytest.raises(ConfigError, match="unknown variant 'sbs'"):
+        comparison.compare(workspace, config, ["sbs"])
+    with pytest.raises(ConfigError, match="unknown variant 'sbs'"):
+        comparison.compare(workspace, config, reference="sbs")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"benchmarks": {"primer": {"accuracy": 0.5}}}'])
+def test_a_damaged_report_is_named(content: str, workspace: Workspace, config: Config) -> None:
+    (workspace.report("mind") / "metrics.json").write_text(content)
+    with pytest.raises(DataError, match=r"mind/metrics\.json is damaged"):
+        comparison.compare(workspace, config)
+
+
+def test_only_shared_questions_are_compared_and_that_is_said(workspace: Workspace, config: Config) -> None:
+    short = {"primer": BASE["primer"][:30], "choice": BASE["choice"]}
+    write(workspace, "without-fusion", short)
+    result = comparison.compare(workspace, config, ["without-fusion"])
+    row = result.rows[1]
+    assert row.differences["primer"].n == 30
+    assert "yesno" not in row.differences
+    notes = " ".join(result.notes)
+    assert "on the 30 that both answered" in notes
+    assert "yesno: answered by base only" in notes
+
+
+def test_questions_whose_gold_answer_changed_are_not_the_same(workspace: Workspace, config: Config) -> None:
+    path = workspace.report("mind") / "predictions.jsonl"
+    path.write_text(
+        path.read_text().replace(
+            '"id":"primer-3","output":"","answer":"1","gold":"1"', '"id":"primer-3","output":"","answer":"1","gold":"2"'
+        )
+    )
+    assert comparison.compare(workspace, config).rows[1].differences["primer"].n == N["primer"] - 1
+
+
+# ------------------------------------------------------------------ showing
+
+
+def test_an_average_column_stands_only_for_several_benchmarks(workspace: Workspace, config: Config) -> None:
+    assert list(comparison.compare(workspace, config).columns) == ["primer", "choice", "yesno", "ood"]
+
+
+def test_every_form_says_the_same_numbers(workspace: Workspace, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    result = comparison.compare(workspace, config)
+    accuracy = f"{100 * BETTER['primer'].mean():.1f}"
+    gain = f"{100 * (BETTER['primer'].mean() - BASE['primer'].mean()):+.1f}"
+    for form in ("console", "markdown", "latex"):
+        comparison.show(result, form)  # type: ignore[arg-type]
+        printed = capsys.readouterr().out
+        assert accuracy in printed
+        assert gain in printed or form == "latex"
+    comparison.show(result, "json")
+    data = json.loads(capsys.readouterr().out)
+    mind = next(row for row in data["variants"] if row["variant"] == "mind")
+    assert f"{100 * mind['benchmarks']['primer']['accuracy']:.1f}" == accuracy
+    assert mind["differences"]["primer"]["verdict"] == "better"
+    assert set(mind["differences"]["primer"]) == {"value", "low", "high", "p", "gained", "lost", "n", "verdict"}
+
+
+def test_markdown_is_a_table(workspace: Workspace, config: Config) -> None:
+    for block in comparison.to_markdown(comparison.compare(workspace, config)).split("\n\n"):
+        lines = block.splitlines()
+        if lines[0].startswith("|"):
+            assert len({line.count("|") for line in lines}) == 1
+            assert set(lines[1]) <= set("|-: ")
+
+
+def test_latex_escapes_names_and_marks_what_is_more_than_noise(workspace: Workspace, config: Config) -> None:
+    write(workspace, "instant_loss", NOISY)
+    text = comparison.to_latex(comparison.compare(workspace, config, ["mind", "instant_loss"]))
+    assert r"instant\_loss" in text and "instant_loss" not in text
+    row = {line.split(" & ")[0]: line for line in text.splitlines() if " & " in line}
+    assert row["mind"].count(r"$^\dagger$") == 1
+    assert r"\dagger" not in row[r"instant\_loss"] + row["base"]
+    assert text.count("{") == text.count("}")
+
+
+def test_the_picture_is_titled_by_the_variant_that_gained_most(workspace: Workspace, config: Config, tmp_path: Path) -> None:
+    write(workspace, "without-fusion", NOISY)
+    result = comparison.compare(workspace, config, ["mind", "without-fusion"])
+    assert comparison._headline(result).startswith("mind against base: +")
+    comparison.draw(result, tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------- latent
+
+
+def latent_map(separation: float, question: str = "q") -> LatentMap:
+    random = np.random.default_rng(0)
+    n, views = 48, len(PERSPECTIVES)
+    near = np.clip(separation + 0.05 * random.normal(size=n), -1, 1)
+    ids = tuple(f"{question}{i // views}" for i in range(n))
+    return LatentMap(ids, PERSPECTIVES * (n // views), random.normal(size=(n, 8)), np.zeros(n, int), near, random.normal(size=(n, 2)))
+
+
+def test_latent_spaces_are_compared_where_both_were_mapped(workspace: Workspace, config: Config, tmp_path: Path) -> None:
+    assert comparison.compare(workspace, config).rows[1].latent == ""
+    assert not comparison.draw_latent(comparison.compare(workspace, config), tmp_path / "latent.png")
+    latent_map(0.1).write(workspace.report("base"))
+    latent_map(0.4).write(workspace.report("mind"))
+    result = comparison.compare(workspace, config)
+    assert "perspectives are more separable than in base" in result.rows[1].latent
+    assert result.rows[1].latent in comparison.to_markdown(result)
+    assert comparison.draw_latent(result, tmp_path / "latent.png")
+    assert (tmp_path / "latent.png").exists()
+
+
+def test_latent_spaces_of_other_rationales_are_not_compared(workspace: Workspace, config: Config) -> None:
+    latent_map(0.1).write(workspace.report("base"))
+    latent_map(0.4, question="other").write(workspace.report("mind"))
+    assert comparison.compare(workspace, config).rows[1].latent == ""
+
+
+def test_importing_it_is_light() -> None:
+    code = "import sys, mind.comparison; sys.exit(any(m in sys.modules for m in ('numpy', 'scipy', 'matplotlib', 'torch', 'sklearn')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
