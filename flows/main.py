@@ -40,10 +40,10 @@ def may_pass_by_itself(_task: Task[..., Any], _run: TaskRun, state: State[Any]) 
     cache_policy=NO_CACHE,
     task_run_name="{target}",
 )
-def bring_up_to_date(workspace: Path, target: str, force: bool = False) -> Any:
+def bring_up_to_date(workspace: Path, target: str, force: bool = False) -> State[None]:
     """One stage of the workspace, by content: runs, is restored from DVC's cache, or has nothing to do."""
     outcome = versioning.bring_up_to_date(Workspace(workspace), target, force=force)
-    return Completed(name="Cached" if outcome.cached else "Completed", message=outcome.state, data=outcome.state)
+    return Completed(name="Cached" if outcome.cached else "Completed", message=outcome.state)
 
 
 @flow(name="mind", flow_run_name="mind {workspace}")
@@ -69,7 +69,8 @@ def mind(
     versioning.ensure_data(here)
     os.environ["MIND_FLOW_RUN"] = str(runtime.flow_run.id)  # a stage is a process; its MLflow run names the flow run it belongs to
     targets = stage_targets(load_config(here.params).run.variants)
-    return {target: bring_up_to_date(here.root, target, force) for target in targets}
+    # a task that returns a state hands that state to its caller
+    return {target: str(bring_up_to_date(here.root, target, force).message) for target in targets}
 
 
 def stage_targets(variants: tuple[str, ...]) -> list[str]:

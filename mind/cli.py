@@ -9,13 +9,16 @@ import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from mind import __version__
 from mind.errors import exit_on_error
 from mind.workspace import Workspace
+
+if TYPE_CHECKING:
+    from mind.comparison import Form
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -126,7 +129,7 @@ def evaluate(variant: str, overrides: tuple[str, ...], force: bool) -> None:
 @click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Also draw it, as PNG, SVG or PDF.")
 @guarded
 def compare(
-    overrides: tuple[str, ...], variants: str | None, reference: str | None, as_json: bool, form: str | None, picture: Path | None
+    overrides: tuple[str, ...], variants: str | None, reference: str | None, as_json: bool, form: Form | None, picture: Path | None
 ) -> None:
     """Table of variants x benchmarks with 95 % intervals and paired differences."""
     from mind import comparison

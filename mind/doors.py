@@ -42,7 +42,7 @@ def summary(workspace: Workspace, config: Config) -> None:
     comparison.draw_latent(result, workspace.reports / "latent.png")
     comparison.show(result, "console")
     console.print(f"dataset   {versioning.version_of(workspace.dataset)}")
-    console.print(f"pictures  reports/comparison.png, reports/latent.png, and reports/VARIANT/*.png")
+    console.print("pictures  reports/comparison.png, reports/latent.png, and reports/VARIANT/*.png")
     console.print(f"runs      {escape(tracking.ui_hint(workspace, config.tracking))}   (then open http://127.0.0.1:5000)")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ def stage_output(folder: Path) -> Iterator[Path]:
         yield partial
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(partial, folder)
+        partial.replace(folder)
     except OSError as error:
         raise MindError(
             f"cannot write {folder}: {error.strerror or error}",

