@@ -93,7 +93,9 @@ def test_the_dataset_version_is_in_every_later_manifest_and_run(workspace: Works
             row[0]
             for row in database.execute("select distinct m.key from metrics m join runs r on r.run_uuid = m.run_uuid where r.name = 'mind'")
         }
-        status = dict(database.execute("select name, status from runs"))
+        status = dict(
+            database.execute("select r.name, r.status from runs r join experiments e on e.experiment_id = r.experiment_id where e.name = 'mind'")
+        )
         registered = {row[0] for row in database.execute("select alias from registered_model_aliases")}
     assert tags["mind.dataset"] == version and tags["mind.method"] == "mind" and "mind.fingerprint" in tags
     assert {

@@ -140,7 +140,7 @@ def test_the_table_is_shown_and_tracked_once(tmp_path: Path, capsys: pytest.Capt
     assert "; 0 calls to the embedded teacher," in said
     assert "wrong" in said and "counterfactual" in said
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("mind").experiment_id])
+    (run,) = client.search_runs([client.get_experiment_by_name("mind-synthesis").experiment_id])
     counts = manifest(place)["counts"]
     assert run.data.metrics["synthesis/bought/calls"] == 16
     assert run.data.metrics["synthesis/usd"] == counts["usd"] > 0

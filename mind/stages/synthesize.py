@@ -305,11 +305,13 @@ def _track(outcome: Outcome, config: Config, workspace: Workspace) -> None:
 
     manifest = outputs.read_manifest(workspace.rationales)
     fingerprint = outputs.digest_json(manifest)
-    if not outcome.bought and tracking.find_run(workspace, config.tracking, fingerprint):
+    # an experiment of its own: in the other one a run is a variant, and the page that compares them stays a table of students
+    settings = config.tracking.model_copy(update={"experiment": f"{config.tracking.experiment}-synthesis"})
+    if not outcome.bought and tracking.find_run(workspace, settings, fingerprint):
         return
     params = flatten(manifest["config"])
     with tracking.open_run(
-        workspace, config.tracking, name="synthesize", fingerprint=fingerprint, tags={"mind.stage": "synthesize"}, params=params
+        workspace, settings, name="synthesize", fingerprint=fingerprint, tags={"mind.stage": "synthesize"}, params=params
     ) as run:
         run.log(_metrics(outcome, manifest["counts"]), step=0)
         run.artifact(workspace.rationales / outputs.MANIFEST)
