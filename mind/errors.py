@@ -23,6 +23,8 @@ from contextlib import contextmanager
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_PASSING = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
+INTERRUPTED = "\nstopped; run the same command again to go on where it was"
 
 
 class MindError(Exception):
@@ -88,8 +90,8 @@ def exit_on_error(debug: bool = False, passing: int = EXIT_FAILED) -> Iterator[N
     try:
         yield
     except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on where it was", file=sys.stderr)
-        sys.exit(130)
+        print(INTERRUPTED, file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     except (MindError, OSError) as error:
         if debug:
             traceback.print_exc()

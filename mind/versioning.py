@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mind import config as settings
-from mind.errors import EXIT_FAILED, ConfigError, DataError, StageError
+from mind.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, DataError, StageError
 from mind.outputs import digest_json
 from mind.workspace import Workspace
 
@@ -57,6 +58,8 @@ def bring_up_to_date(workspace: Workspace, target: str, *, force: bool = False) 
                 cause = error.__cause__
                 if isinstance(cause, StageCmdFailedError):
                     code = _exit_code(cause)
+                    if code == EXIT_INTERRUPTED:  # DVC shields this process from Ctrl-C while a stage runs: pass it on
+                        signal.raise_signal(signal.SIGINT)
                     raise StageError(
                         f"stage {target} failed", do="mend what stands above and run again: finished work is kept", exit_code=code
                     ) from None
@@ -188,6 +191,8 @@ def _path_with_this_python() -> str:
 
 
 def _exit_code(failure: Exception) -> int:
-    """The exit code that DVC reports in words ('... exited with 2')."""
-    digits = str(failure).rsplit(" ", 1)[-1].lstrip("-")
-    return int(digits) if digits.isdigit() else EXIT_FAILED
+    """The exit code that DVC reports in words ('... exited with 2'); a signal's number is negative there, and 128 + n for shells."""
+    word = str(failure).rsplit(" ", 1)[-1]
+    if not word.lstrip("-").isdigit():
+        return EXIT_FAILED
+    return int(word) if int(word) >= 0 else 128 - int(word)

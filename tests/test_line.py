@@ -94,7 +94,9 @@ def test_the_dataset_version_is_in_every_later_manifest_and_run(workspace: Works
             for row in database.execute("select distinct m.key from metrics m join runs r on r.run_uuid = m.run_uuid where r.name = 'mind'")
         }
         status = dict(
-            database.execute("select r.name, r.status from runs r join experiments e on e.experiment_id = r.experiment_id where e.name = 'mind'")
+            database.execute(
+                "select r.name, r.status from runs r join experiments e on e.experiment_id = r.experiment_id where e.name = 'mind'"
+            )
         )
         registered = {row[0] for row in database.execute("select alias from registered_model_aliases")}
     assert tags["mind.dataset"] == version and tags["mind.method"] == "mind" and "mind.fingerprint" in tags
@@ -141,6 +143,14 @@ def test_tasks_show_the_state_cached(workspace: Workspace) -> None:
             shown = {r.name: r.state_name for r in client.read_task_runs(task_run_filter=TaskRunFilter())}
     assert set(states.values()) == {"up to date"}
     assert shown == dict.fromkeys(states, "Cached")
+
+
+def test_the_flow_has_nothing_to_do_after_dvc(workspace: Workspace) -> None:
+    params = workspace.params
+    params.write_text(params.read_text().replace("limit: 3", "limit: 2"))
+    done = run(workspace, "dvc", "repro", "--pull")
+    assert done.returncode == 0 and "Running stage 'evaluate@mind'" in done.stdout and "Running stage 'distill" not in done.stdout
+    assert "0 ran, 8 cached" in mind(workspace, "run")
 
 
 def test_a_deleted_student_comes_back_without_training(workspace: Workspace) -> None:

@@ -41,6 +41,7 @@ class Behaviour:
     retry_after: float = 0.05  # seconds that a 429 asks to wait
     batch_seconds: float = 0.0  # how long a batch takes
     api_key: str | None = None  # 401 for any other
+    unknown: str | None = None  # the reply to messages without a recorded question; None = 404
     seed: int = 0
 
 
@@ -98,7 +99,10 @@ def complete(body: Any, behaviour: Behaviour) -> dict[str, Any]:
         raise ApiError(404, f"no model {body.get('model')!r} here; this server has '{MODEL}'", code="model_not_found")
     messages = [m for m in body["messages"] if isinstance(m, dict)]
     judging = any(m.get("content") == llm_judge.SYSTEM for m in messages)
-    text = _judgement(messages) if judging else _reply_text(messages, body, behaviour)
+    try:
+        text = _judgement(messages) if judging else _reply_text(messages, body, behaviour)
+    except UnknownQuestion:
+        text = _unknown(behaviour)
     room = body.get("max_completion_tokens") or body.get("max_tokens") or math.inf
     cut = text if count_tokens(text) <= room else first_tokens(text, int(room))
     prompt_tokens = sum(count_tokens(text_of(m.get("content"))) for m in messages)
@@ -115,7 +119,7 @@ def complete(body: Any, behaviour: Behaviour) -> dict[str, Any]:
 
 def _judgement(messages: list[dict[str, Any]]) -> str:
     """As the LLM judge: full marks for a recorded rationale of the perspective that was asked for."""
-    rationales = _find(messages).rationales
+    rationales = starter_corpus().find(messages).rationales
     text = "\n".join(text_of(m.get("content")) for m in messages if m.get("role") == "user")
     wanted = next((p for p, prompt in PROMPTS.items() if prompt in text), DEFAULT_PERSPECTIVE)
     found = next((p for p, rationale in rationales.items() if rationale in text), None)
@@ -124,22 +128,21 @@ def _judgement(messages: list[dict[str, Any]]) -> str:
 
 
 def _reply_text(messages: list[dict[str, Any]], body: Mapping[str, Any], behaviour: Behaviour) -> str:
-    entry = _find(messages)
+    entry = starter_corpus().find(messages)
     perspective = asked_perspective(messages)
     wrong = share("wrong", behaviour.seed, entry.id, perspective, body.get("seed")) < behaviour.wrong_rate
     return entry.reply(perspective, wrong)
 
 
-def _find(messages: list[dict[str, Any]]) -> Entry:
-    try:
-        return starter_corpus().find(messages)
-    except UnknownQuestion:
-        raise ApiError(
-            404,
-            "the embedded teacher has recorded replies for the questions of the starter corpus only, "
-            "and found none of them in the messages; ask a real endpoint (teacher.base_url) about your own questions",
-            code="unknown_question",
-        ) from None
+def _unknown(behaviour: Behaviour) -> str:
+    if behaviour.unknown is not None:
+        return behaviour.unknown
+    raise ApiError(
+        404,
+        "the embedded teacher has recorded replies for the questions of the starter corpus only, "
+        "and found none of them in the messages; ask a real endpoint (teacher.base_url) about your own questions",
+        code="unknown_question",
+    )
 
 
 def _choice(index: int, text: str, finish: str) -> dict[str, Any]:
