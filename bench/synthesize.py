@@ -248,7 +248,7 @@ def systems(with_rivals: bool) -> list[System]:
             if not marker.exists():
                 print(f"making the environment of {name} ({', '.join(packages)}) in {ENVIRONMENTS / name}", flush=True)
                 subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENTS / name], check=True)
-                subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+                subprocess.run([python, "-m", "pip", "install", "-qq", *packages], check=True)
                 marker.touch()
             found.append(System(name, python))
         except (subprocess.CalledProcessError, OSError) as error:

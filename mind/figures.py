@@ -63,8 +63,8 @@ def inertia(history: Rows, path: Path) -> None:
     with _figure(path, 9, 1.4 + 1.75 * rows, _inertia_title(pairs)) as figure:
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes, (name, (instant, filtered)) in zip(grid.flat, pairs.items(), strict=False):
-            axes.plot(*instant, color=COLORS[name], alpha=0.5, linewidth=1)
-            axes.plot(*filtered, color=COLORS[name], linewidth=2.2)
+            axes.plot(*_smooth(*instant), color=COLORS[name], alpha=0.5, linewidth=1)
+            axes.plot(*_smooth(*filtered), color=COLORS[name], linewidth=2.2)
             axes.set_title(_spoken(name), color=COLORS[name], fontweight="bold", loc="left", pad=4)
             axes.margins(x=0.02)
         for axes in grid.flat[len(pairs) :]:
@@ -253,8 +253,8 @@ def _series(history: Rows, key: str) -> Series:
 
 
 def _smooth(steps: NDArray[np.float64], values: NDArray[np.float64]) -> Series:
-    """Mean of the neighbours within a twentieth of the series on either side: what is drawn of single steps would hide the trend."""
-    reach = len(values) // 20
+    """Mean of the neighbours within an eighth of the series on either side: single steps are other questions and would hide the trend."""
+    reach = len(values) // 8
     return steps, np.array([values[max(0, i - reach) : i + reach + 1].mean() for i in range(len(values))])
 
 

@@ -402,6 +402,25 @@ def test_a_key_with_a_newline_from_a_file_still_works_and_nonsense_is_named(monk
     assert "redacted" not in str(caught.value)
 
 
+def test_the_key_can_come_from_a_prefect_secret_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside an event loop too, where Prefect's `load` would return a coroutine."""
+    from prefect.blocks.system import Secret
+
+    def load(name: str) -> Secret:  # what a Prefect server would answer
+        if name != "teacher-key":
+            raise ValueError(f"Unable to find block document named {name}")
+        return Secret(value=KEY)
+
+    monkeypatch.setattr(Secret, "load", load)
+
+    async def found(block: str) -> str | None:
+        return api_key(settings("http://x/v1", api_key_block=block, api_key_env="UNSET"))
+
+    assert asyncio.run(found("teacher-key")) == KEY
+    with pytest.raises(ConfigError, match="'another'"):
+        asyncio.run(found("another"))
+
+
 @pytest.mark.parametrize("url", ["https://user:pw@host/v1", "https://host/v1?key=abc", "host/v1", "ftp://host"])
 def test_addresses_with_secrets_or_without_sense_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="base_url"):

@@ -20,6 +20,7 @@ import os
 import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -322,10 +323,14 @@ def api_key(endpoint: Endpoint) -> str | None:
 
 
 def _secret_block(name: str) -> str:
-    from prefect.blocks.system import Secret
+    def load() -> str:
+        from prefect.blocks.system import Secret
+
+        return str(Secret.load(name).get())  # type: ignore[union-attr]
 
     try:
-        return str(Secret.load(name).get())  # type: ignore[union-attr]
+        with ThreadPoolExecutor(1) as thread:  # in a thread without an event loop, where Prefect answers at once and not with a coroutine
+            return thread.submit(load).result()
     except Exception as error:  # Prefect raises ValueError for a missing block and client errors for a missing server
         raise ConfigError(
             f"the Prefect Secret block '{name}' cannot be read ({type(error).__name__})",
