@@ -81,7 +81,7 @@ class PassingError(MindError):
 
 
 @contextmanager
-def exit_on_error(debug: bool = False, passing: int = EXIT_FAILED) -> Iterator[None]:
+def exit_on_error(debug: bool = False, passing: int = EXIT_FAILED, farewell: str = INTERRUPTED) -> Iterator[None]:
     """The last resort of every command: an error becomes a message on stderr and an exit code, without a traceback.
 
     With `debug` the traceback is shown. Ctrl-C leaves with 130, as shells expect. `passing` is the code of what may pass by
@@ -90,7 +90,8 @@ def exit_on_error(debug: bool = False, passing: int = EXIT_FAILED) -> Iterator[N
     try:
         yield
     except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
+        if farewell:
+            print(farewell, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except (MindError, OSError) as error:
         if debug:

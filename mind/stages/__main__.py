@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from mind.config import load_config
-from mind.errors import EXIT_PASSING, exit_on_error
+from mind.errors import EXIT_PASSING, INTERRUPTED, exit_on_error
 from mind.workspace import Workspace
 
 STAGES = {"synthesize": False, "snapshot": False, "distill": True, "evaluate": True}
@@ -25,9 +25,10 @@ def main() -> None:
     args = parser.parse_args()
     if STAGES[args.stage] != (args.variant is not None):
         parser.error(f"{args.stage} {'needs' if STAGES[args.stage] else 'takes no'} --variant")
-    if trace := os.environ.get("MIND_STAGE_RAN"):  # the door that called wants to know whether anything had to run
+    trace = os.environ.get("MIND_STAGE_RAN")
+    if trace:  # the door that called wants to know whether anything had to run, and says goodbye itself
         Path(trace).touch()
-    with exit_on_error(debug=bool(os.environ.get("MIND_DEBUG")), passing=EXIT_PASSING):
+    with exit_on_error(debug=bool(os.environ.get("MIND_DEBUG")), passing=EXIT_PASSING, farewell="" if trace else INTERRUPTED):
         workspace = Workspace.find()
         config = load_config(workspace.params)
         if args.variant is not None:
