@@ -301,7 +301,10 @@ class Bench:
                 with teacher(**behaviour) as server:
                     before = server.cpu()
                     result = system.run(a_job(server.url, folder, rows, width))
-                    found[system.name].append(result | server.stats() | {"server_cpu": server.cpu() - before})
+                    stats = server.stats()
+                    found[system.name].append(
+                        result | {"calls": stats["calls"], "peak": stats["peak"], "server_cpu": server.cpu() - before}
+                    )
                 shutil.rmtree(folder, ignore_errors=True)
         self.results[name] = table = {"requests": len(rows), "ideal": ideal}
         print(f"\n{name}: {len(rows)} requests, {width} in flight, {behaviour}; ideal {ideal:.2f} s")
@@ -327,19 +330,22 @@ class Bench:
         for system in self.systems:
             if system.name == "asyncio":
                 continue
-            outcomes: list[Result] = []
-            for _ in range(kills if system.name == "mind" else min(kills, 3)):
-                with teacher(latency=0.05) as server:
-                    whole = system.run(a_job(server.url, self.fresh(), rows, width)) if not outcomes else {}
-                    outcomes.append(self._one_kill(system, server, rows, width, dice) | {"whole": whole.get("digest")})
+            count = kills if system.name == "mind" else min(kills, 3)
+            with teacher(latency=0.05) as server:
+                unkilled = system.run(a_job(server.url, self.fresh(), rows, width)).get("digest")
+                outcomes = [self._one_kill(system, server, rows, width, dice) for _ in range(count)]
             table[system.name] = outcomes
-            twice, good = [o["bought_twice"] for o in outcomes if "bought_twice" in o], [o for o in outcomes if o.get("kept") == len(rows)]
-            print(f"  {system.name:<11} {len(good)} of {len(outcomes)} finished with all rows; bought twice: {twice}", end="")
-            print(f"; bytes equal to an unkilled run: {sum(bool(o.get('same')) for o in outcomes)}" if system.name == "mind" else "")
+            twice, whole = [o["bought_twice"] for o in outcomes if "kept" in o], sum(o.get("kept") == len(rows) for o in outcomes)
+            print(f"  {system.name:<11} {whole} of {count} finished with all rows; bought twice: {twice}", end="")
+            failed = [o["failed"] for o in outcomes if "failed" in o]
+            print(f"; {failed}" if failed else "", end="")
+            print(
+                f"; bytes of the unkilled run: {sum(o.get('digest') == unkilled for o in outcomes)} of {count}" if unkilled else "",
+                flush=True,
+            )
 
     def _one_kill(self, system: System, server: Teacher, rows: list[dict[str, Any]], width: int, dice: random.Random) -> Result:
-        folder, start = self.fresh(), server.stats()["answered"]
-        job = a_job(server.url, folder, rows, width)
+        job, start = a_job(server.url, self.fresh(), rows, width), server.stats()["answered"]
         target = start + dice.randint(width, len(rows) - width)
         process = system.start(job)
         deadline = time.monotonic() + GIVE_UP
@@ -349,11 +355,8 @@ class Bench:
         time.sleep(0.2)  # calls in flight end at the server
         killed_at = server.stats()["answered"] - start
         result = system.run(job)
-        unkilled = system.run(a_job(server.url, self.fresh(), rows, width)).get("digest") if system.name == "mind" else None
-        answered = server.stats()["answered"] - start - (len(rows) if unkilled else 0)
-        same = unkilled is not None and result.get("digest") == unkilled
-        more = {"bought_twice": answered - len(rows)} if "failed" not in result else {}
-        return {"killed_at": killed_at, **more, "same": same, **{k: result[k] for k in ("kept", "failed") if k in result}}
+        twice = server.stats()["answered"] - start - len(rows)
+        return {"killed_at": killed_at, "bought_twice": twice, **{k: result[k] for k in ("kept", "failed", "digest") if k in result}}
 
     def changes(self) -> None:
         """What is asked again after a change, against what the change touches."""

@@ -77,24 +77,17 @@ def run(overrides: tuple[str, ...], force: bool, variants: str | None) -> None:
 @set_option
 @force_option
 @click.option("--dry-run", is_flag=True, help="Say how many calls, tokens and how much money it would cost, and ask nothing.")
-@click.option("--cancel", is_flag=True, help="Cancel the open batches of teacher.mode: batch at the provider; keep what they have.")
+@click.option("--cancel", is_flag=True, help="Cancel the batches that are under way (teacher.mode: batch); what has come in is kept.")
 @guarded
 def synthesize(overrides: tuple[str, ...], force: bool, dry_run: bool, cancel: bool) -> None:
     """Ask the teacher for rationales from eight perspectives; judge them."""
     workspace = _workspace(overrides)
-    if dry_run or cancel:
-        from mind import versioning
-        from mind.config import load_config
-        from mind.stages import synthesize as stage
-
-        config = load_config(workspace.params)
-        if cancel:
-            click.echo(f"{stage.cancel(config, workspace)} batches cancelled")
-            return
-        versioning.ensure_data(workspace)
-        click.echo(stage.dry_run(config, workspace))
+    if not (dry_run or cancel):
+        _stage(workspace, "synthesize", force)
         return
-    _stage(workspace, "synthesize", force)
+    from mind import doors
+
+    click.echo(doors.cancel_batches(workspace) if cancel else doors.estimate(workspace))
 
 
 @main.command()

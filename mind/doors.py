@@ -72,6 +72,21 @@ def stage(workspace: Workspace, name: str, variant: str | None = None, *, force:
             console.print(f"{target}: {outcome.state}")
 
 
+def estimate(workspace: Workspace) -> str:
+    """What synthesis would cost now."""
+    from mind.stages import synthesize
+
+    versioning.ensure_data(workspace)
+    return str(synthesize.dry_run(load_config(workspace.params), workspace))
+
+
+def cancel_batches(workspace: Workspace) -> str:
+    """Cancel what the provider's batch endpoint still works on."""
+    from mind.stages import synthesize
+
+    return f"{synthesize.cancel(load_config(workspace.params), workspace)} batches cancelled"
+
+
 def _up_to(name: str, variant: str | None) -> list[str]:
     """The stage and those it reads from, in order."""
     line = ["synthesize", "snapshot", f"distill@{variant}", f"evaluate@{variant}"]
