@@ -18,7 +18,7 @@ from mind.records import PERSPECTIVES, Question
 from mind.stages import synthesize
 from mind.teacher.asking import NotBought
 from mind.teacher.batch import Desk
-from mind.teacher.budget import Wallet
+from mind.teacher.budget import Ledger, Wallet
 from mind.teacher.cache import ReplyCache
 from mind.teacher.client import Client
 from mind.teacher.interview import view_request
@@ -51,7 +51,7 @@ def requests(settings: Teacher, questions: int = 1) -> list[Request]:
 
 def at_desk(settings: Teacher, path: Path, work: Callable[[Desk], Awaitable[T]]) -> T:
     async def main(cache: ReplyCache) -> T:
-        wallet = Wallet(cache, settings.budget, Price(input=1, output=1))
+        wallet = Wallet(Ledger(cache, settings.budget), Price(input=1, output=1))
         client = Client(settings, settings.base_url, "here", cache, wallet)
         folder = path / "requests"
         folder.mkdir(exist_ok=True)

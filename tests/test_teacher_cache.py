@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import sqlite3
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from mind.config import Budget, Endpoint, Price
 from mind.errors import ConfigError, MindError
-from mind.teacher.budget import BudgetSpent, Charge, Wallet, has_room, price_of
+from mind.teacher.budget import BudgetSpent, Charge, Ledger, Wallet, has_room, price_of
 from mind.teacher.cache import ReplyCache, Spent, keep
 from mind.teacher.client import request_body
 from mind.teacher.replies import Reply, Request
@@ -219,7 +220,7 @@ def test_a_budget_is_never_exceeded_whatever_comes_back(
 
         async def call(wallet: Wallet, number: int, worst: int, share: float, end: str) -> int:
             try:
-                booked = await wallet.reserve(Charge(worst, worst))
+                booked = await wallet.ledger.reserve(Charge(worst, worst))
             except BudgetSpent:
                 return 0
             spent = cache.spent()
@@ -228,27 +229,25 @@ def test_a_budget_is_never_exceeded_whatever_comes_back(
             if end == "paid":
                 await wallet.settle(key(number), Reply("x", prompt_tokens=int(worst * share)), booked)
                 return int(worst * share)
-            await (wallet.release(booked) if end == "refused" else wallet.lose(booked))
+            await (wallet.ledger.release(booked) if end == "refused" else wallet.ledger.closed(booked))
             return worst if end == "lost" else 0
 
         async def main() -> int:
-            wallet = Wallet(cache, Budget(usd=usd), Price(input=1e6, output=1e6))
-            return sum(await asyncio.gather(*(call(wallet, n, *one) for n, one in enumerate(calls))))
+            ledger = Ledger(cache, Budget(usd=usd))
+            wallets = [Wallet(ledger, Price(input=1e6, output=1e6)) for _ in range(2)]  # teacher and judge
+            return sum(await asyncio.gather(*(call(wallets[n % 2], n, *one) for n, one in enumerate(calls))))
 
         assert asyncio.run(main()) <= usd
 
 
 def test_a_killed_process_leaves_its_open_calls_booked(tmp_path: Path) -> None:
     async def reserve(cache: ReplyCache, count: int) -> int:
-        wallet = Wallet(cache, Budget(requests=10), Price(input=0, output=0))
-        booked = 0
-        for _ in range(count):
-            try:
-                await wallet.reserve(Charge())
+        ledger, booked = Ledger(cache, Budget(requests=10)), 0
+        with contextlib.suppress(BudgetSpent):
+            for _ in range(count):
+                call = await ledger.reserve(Charge())
                 booked += 1
-                wallet._open = 0  # as if this process had nothing in flight that could make room
-            except BudgetSpent:
-                break
+                await ledger.closed(call)  # no reply came
         return booked
 
     with ReplyCache(tmp_path / "r.sqlite") as cache:
@@ -260,7 +259,7 @@ def test_a_killed_process_leaves_its_open_calls_booked(tmp_path: Path) -> None:
 def test_worst_case_is_no_less_than_any_tokenizer_could_count(tmp_path: Path) -> None:
     body = request_body(Endpoint(), [{"role": "user", "content": "naïve 数学 😀" * 10}], 50, 0)
     with ReplyCache(tmp_path / "r.sqlite") as cache:
-        worst = Wallet(cache, Budget(), Price(input=1e6, output=2e6)).worst(Request(body))
+        worst = Wallet(Ledger(cache, Budget()), Price(input=1e6, output=2e6)).worst(Request(body))
     size = len(("naïve 数学 😀" * 10).encode())
     assert worst.tokens >= size + 50
     assert worst.usd >= size + 100

@@ -14,7 +14,7 @@ import pytest
 from mind.config import Budget, Price, Teacher
 from mind.errors import ConfigError, PassingError, TeacherError
 from mind.teacher import client as client_module
-from mind.teacher.budget import Wallet
+from mind.teacher.budget import Ledger, Wallet
 from mind.teacher.cache import ReplyCache
 from mind.teacher.client import Client, Unanswered, api_key, request_body
 from mind.teacher.recorded import Behaviour
@@ -50,7 +50,7 @@ def ask(teacher: Teacher, path: Path, work: Callable[[Client], Awaitable[T]], ur
     """Run `work` with a client on a cache at `path`."""
 
     async def main(cache: ReplyCache) -> T:
-        wallet = Wallet(cache, teacher.budget, Price(input=1, output=2))
+        wallet = Wallet(Ledger(cache, teacher.budget), Price(input=1, output=2))
         client = Client(teacher, url or teacher.base_url, teacher.base_url, cache, wallet)
         try:
             return await work(client)
@@ -134,9 +134,10 @@ def test_a_missing_key_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             ask(known, tmp_path, lambda client: client.ask(request(teacher=known)))
 
 
-def test_a_request_declined_for_its_content_is_a_reply_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("body", [refusal("flagged", "content_filter"), refusal("This model's maximum context length is 4096 tokens")])
+def test_a_request_declined_for_its_content_is_a_reply_of_its_own(tmp_path: Path, body: object) -> None:
     async def behave(call: Call) -> None:
-        await call.send(refusal("flagged", "content_filter"), 400)
+        await call.send(body, 400)
 
     with endpoint(behave) as server:
         reply = ask(settings(server.url), tmp_path, one)

@@ -25,7 +25,7 @@ from mind.progress import bar, console
 from mind.records import Question, read_questions
 from mind.teacher.asking import BUDGET, INTERRUPTED, Asking, Find, Rows, Tally
 from mind.teacher.batch import Desk
-from mind.teacher.budget import FREE, Wallet, price_of
+from mind.teacher.budget import FREE, Ledger, Wallet, price_of
 from mind.teacher.cache import ReplyCache
 from mind.teacher.client import Client, shown
 from mind.teacher.estimate import Estimate, Forecast
@@ -166,8 +166,8 @@ def _prices(config: Config) -> tuple[Price, Price]:
 
 
 def _wallets(config: Config, cache: ReplyCache) -> tuple[Wallet, Wallet]:
-    teacher, judge = _prices(config)
-    return Wallet(cache, config.teacher.budget, teacher), Wallet(cache, config.teacher.budget, judge)
+    ledger, (teacher, judge) = Ledger(cache, config.teacher.budget), _prices(config)
+    return Wallet(ledger, teacher), Wallet(ledger, judge)
 
 
 # --------------------------------------------------------------------- asking

@@ -234,7 +234,7 @@ def _open_job(job: str, endpoint: str, charges: list[Charge], wallet: Wallet) ->
     """Book the worst case of as many requests as the budget has room for, and write the job down; how many."""
 
     def write(connection: sqlite3.Connection) -> int:
-        count, call = wallet.book_prefix(connection, charges)
+        count, call = wallet.ledger.book_prefix(connection, charges)
         if count:
             connection.execute("INSERT INTO batches VALUES (?, ?, NULL, ?)", (job, endpoint, call))
         return count

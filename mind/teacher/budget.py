@@ -13,12 +13,15 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 from mind.config import Budget, Price
 from mind.errors import ConfigError
 from mind.progress import console
 from mind.teacher.cache import ReplyCache, Spent, keep, read_spent
 from mind.teacher.replies import Reply, Request
+
+T = TypeVar("T")
 
 TEMPLATE_TOKENS = 64
 """Tokens that an endpoint's chat template may add to a request; beside it, a token is at least one byte of the prompt."""
@@ -42,24 +45,15 @@ class Charge:
         return Charge(self.usd + other.usd, self.tokens + other.tokens, self.requests + other.requests)
 
 
-class Wallet:
-    """Prices, and the budget over one cache's ledger."""
+class Ledger:
+    """The budget over everything that a cache's file has seen; one for all endpoints of a process, which share it."""
 
-    def __init__(self, cache: ReplyCache, budget: Budget, price: Price) -> None:
-        self._cache, self._budget, self.price = cache, budget, price
+    def __init__(self, cache: ReplyCache, budget: Budget) -> None:
+        self._cache, self._budget = cache, budget
         self.limited = any(limit is not None for limit in (budget.usd, budget.tokens, budget.requests))
-        self._open = self._closings = 0
-        self._settled = asyncio.Condition()
+        self._open = self._booking = self._events = 0  # calls sent; bookings under way; what may have made room so far
+        self._changed = asyncio.Condition()
         self._queue = asyncio.Lock()
-
-    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """USD."""
-        return (prompt_tokens * self.price.input + completion_tokens * self.price.output) / 1e6
-
-    def worst(self, request: Request) -> Charge:
-        """What a call costs at most: a token for every byte of the prompt, and a reply as long as it may be."""
-        prompt, completion = request.prompt_bytes() + TEMPLATE_TOKENS, request.room()
-        return Charge(self.cost(prompt, completion), prompt + completion)
 
     async def reserve(self, charge: Charge) -> int | None:
         """Write the worst case of a call down before it is sent; its number, or None when there is no budget to keep.
@@ -69,30 +63,35 @@ class Wallet:
         """
         if not self.limited:
             return None
-        call = await self._try(charge)
+        self._booking += 1
+        try:
+            call = await self._book(charge)
+        finally:
+            self._booking -= 1
+            await self._happened()
         if call is None:
             async with self._queue:  # one waits for room at a time, the oldest first
                 call = await self._wait_for_room(charge)
-        self._open += 1
         return call
-
-    async def settle(self, key: str, reply: Reply, call: int | None) -> Reply:
-        """Store a reply with its cost; done when it is on disk. Returns what stands under `key`: an earlier reply wins."""
-        usd = self.cost(reply.prompt_tokens, reply.completion_tokens)
-        try:
-            return await asyncio.wrap_future(self._cache.write(lambda connection: keep(connection, key, reply, usd, call)))
-        finally:
-            await self._closed(call)
 
     async def release(self, call: int | None) -> None:
         """The call was refused before it could cost anything."""
         if call is not None:
-            await asyncio.wrap_future(self._cache.write(lambda c: c.execute("DELETE FROM calls WHERE id = ?", (call,)).rowcount))
-        await self._closed(call)
+            await self._write(lambda c: c.execute("DELETE FROM calls WHERE id = ?", (call,)).rowcount)
+        await self.closed(call)
 
-    async def lose(self, call: int | None) -> None:
-        """The call may have been paid though no reply came: its worst case stays written down."""
-        await self._closed(call)
+    async def closed(self, call: int | None) -> None:
+        """The call is no longer under way. One that was neither settled nor released may have been paid: it stays written down."""
+        if call is not None:
+            self._open -= 1
+            await self._happened()
+
+    async def keep(self, key: str, reply: Reply, usd: float, call: int | None) -> Reply:
+        """Store a reply with its cost and settle its call; done when it is on disk. Returns what stands under `key`."""
+        try:
+            return await self._write(lambda connection: keep(connection, key, reply, usd, call))
+        finally:
+            await self.closed(call)
 
     def book_prefix(self, connection: sqlite3.Connection, charges: Sequence[Charge]) -> tuple[int, int | None]:
         """Book as many of `charges` together, from the first, as there is room for: how many, and the number of the booking."""
@@ -103,28 +102,52 @@ class Wallet:
             total, count = total + charge, count + 1
         return count, booking(total, self._budget)(connection) if count else None
 
-    async def _try(self, charge: Charge) -> int | None:
-        return await asyncio.wrap_future(self._cache.write(booking(charge, self._budget)))
+    async def _book(self, charge: Charge) -> int | None:
+        call = await self._write(booking(charge, self._budget))
+        self._open += call is not None
+        return call
 
     async def _wait_for_room(self, charge: Charge) -> int:
         while True:
-            seen = self._closings
-            call = await self._try(charge)
+            seen = self._events
+            call = await self._book(charge)
             if call is not None:
                 return call
-            if self._closings == seen:
-                if not self._open:
+            if self._events == seen:
+                if not (self._open or self._booking):
                     raise BudgetSpent
-                async with self._settled:
-                    while self._closings == seen:
-                        await self._settled.wait()
+                async with self._changed:
+                    while self._events == seen:
+                        await self._changed.wait()
 
-    async def _closed(self, call: int | None) -> None:
-        if call is not None:
-            self._open -= 1
-            self._closings += 1
-            async with self._settled:
-                self._settled.notify_all()
+    async def _happened(self) -> None:
+        self._events += 1
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _write(self, job: Callable[[sqlite3.Connection], T]) -> T:
+        return await asyncio.wrap_future(self._cache.write(job))
+
+
+@dataclass(frozen=True)
+class Wallet:
+    """What the calls to one endpoint cost, out of a ledger."""
+
+    ledger: Ledger
+    price: Price
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """USD."""
+        return (prompt_tokens * self.price.input + completion_tokens * self.price.output) / 1e6
+
+    def worst(self, request: Request) -> Charge:
+        """What a call costs at most: a token for every byte of the prompt, and a reply as long as it may be."""
+        prompt, completion = request.prompt_bytes() + TEMPLATE_TOKENS, request.room()
+        return Charge(self.cost(prompt, completion), prompt + completion)
+
+    async def settle(self, key: str, reply: Reply, call: int | None) -> Reply:
+        """Store a reply with its cost; done when it is on disk. Returns what stands under `key`: an earlier reply wins."""
+        return await self.ledger.keep(key, reply, self.cost(reply.prompt_tokens, reply.completion_tokens), call)
 
 
 def booking(charge: Charge, budget: Budget) -> Callable[[sqlite3.Connection], int | None]:

@@ -131,7 +131,7 @@ class Client:
                 self.counts["retried"] += 1
                 if tries > self._endpoint.retries:
                     raise self._give_up(failure, others_pass=self.counts["bought"] > bought_before) from None
-                wait = max(jittered(tries), failure.wait or 0.0)
+                wait = max(jittered(tries), min(failure.wait or 0.0, LONGEST_WAIT))
             except (MindError, BudgetSpent):
                 self.gate.stop()  # at once: what waits would fare no better
                 raise
@@ -142,14 +142,15 @@ class Client:
 
     async def _call(self, key: str, request: Request, given: Pass, expected: float) -> Reply:
         """One try, budget included. The place in flight is held until the reply is on disk: a kill costs at most the width."""
-        booked = await self._wallet.reserve(self._wallet.worst(request))
+        ledger = self._wallet.ledger
+        booked = await ledger.reserve(self._wallet.worst(request))
         try:
             reply = await self._send(request, expected)
         except _Failed as failure:
-            await (self._wallet.lose(booked) if failure.may_be_paid else self._wallet.release(booked))
+            await (ledger.closed(booked) if failure.may_be_paid else ledger.release(booked))
             raise
         except (_Congested, TeacherError):
-            await self._wallet.release(booked)
+            await ledger.release(booked)
             raise
         self.gate.succeeded(given)
         self.gate.used(expected, reply.prompt_tokens + reply.completion_tokens)
@@ -211,7 +212,7 @@ class Client:
             raise _Congested(f"status {status}: {message}", wait)
         if status in PASSING or status >= 500:
             raise _Failed(f"status {status}: {message}", wait=wait)
-        if status in (400, 413, 422) and code in DECLINING:
+        if status in (400, 413, 422) and (code in DECLINING or "context length" in message.lower()):
             return Reply(text="", finish=DECLINED, refusal=f"{code}: {message}")
         raise self._fatal(status, code, message)
 
