@@ -133,9 +133,10 @@ class Asking:
             self.stop(None, error)
         finally:
             self._places.release()
+        views = self._views if done else 0
         if not seen["bought"]:
-            self._progress.resumed += self._views  # found, not made: no part of the rate
-        self._progress.advance(self._views if done else 0, self._note())
+            self._progress.resumed += views  # found, not made: no part of the rate
+        self._progress.advance(views, self._note())
 
     def _note(self) -> str:
         tokens, usd = sum(c.tokens for c in self._clients), sum(c.usd for c in self._clients)
@@ -156,6 +157,7 @@ def _graceful(asking: Asking) -> Iterator[None]:
             return
         console.print("stopping: replies to calls in flight are still taken in; Ctrl-C again drops them", style="yellow")
         asking.stop(INTERRUPTED)
+        asking.stopped = INTERRUPTED  # whatever it was stopping for
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupted)
