@@ -20,7 +20,7 @@ from mind.records import PERSPECTIVES
 from mind.workspace import Workspace
 from tests import tiny
 
-pytestmark = [pytest.mark.xdist_group("line"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 SETTINGS = {
     "run": {"variants": ["base", "mind", "without-fusion"]},
