@@ -246,7 +246,7 @@ def draw_training(history: Path, folder: Path) -> None:
 def table(variant: str, metrics: Mapping[str, Any]) -> Table:
     """The end of an evaluation, as a person reads it."""
     shown = Table(
-        "benchmark", "accuracy", "95 % interval", "questions", "answered", "tokens", title=f"{variant}: accuracy in %", title_justify="left"
+        "benchmark", "accuracy", "95 % interval", "asked", "answered", "tokens", title=f"{variant}: accuracy in %", title_justify="left"
     )
     for name, score in metrics["benchmarks"].items():
         answered, tokens = f"{score['answer_rate']:.0%}", f"{score['mean_tokens']:.0f}"
