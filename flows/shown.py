@@ -19,7 +19,7 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.context import get_run_context
 from prefect.settings import PREFECT_API_URL
 
-from mind import comparison, tracking
+from mind import comparison, tables, tracking
 from mind.config import Config
 from mind.errors import DataError
 from mind.outputs import read_manifest
@@ -75,10 +75,10 @@ def results(workspace: Workspace, config: Config) -> None:
     except DataError:  # nothing was evaluated
         return
     picture = workspace.reports / "comparison.png"
-    comparison.draw(compared, picture)
+    tables.draw(compared, picture)
     encoded = base64.b64encode(picture.read_bytes()).decode("ascii")
     links = "\n".join(f"- {line}" for line in _links(workspace, config))
-    text = f"{comparison.to_markdown(compared)}\n\n![accuracy](data:image/png;base64,{encoded})\n\nRuns in MLflow:\n\n{links}\n"
+    text = f"{tables.to_markdown(compared)}\n\n![accuracy](data:image/png;base64,{encoded})\n\nRuns in MLflow:\n\n{links}\n"
     create_markdown_artifact(key=key("comparison", workspace), markdown=text, description=f"comparison of {workspace.root}")
 
 

@@ -18,7 +18,7 @@ from mind.errors import exit_on_error
 from mind.workspace import Workspace
 
 if TYPE_CHECKING:
-    from mind.comparison import Form
+    from mind.tables import Form
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -182,15 +182,15 @@ def compare(
 
     Accuracies with 95 % intervals, over seeds where there are several, and differences to the reference on the same questions.
     """
-    from mind import comparison
+    from mind import comparison, tables
     from mind.config import load_config
 
     workspace = _workspace(overrides)
     read = comparison.compare_runs if runs else comparison.compare
     result = read(workspace, load_config(workspace.params), _names(variants), reference)
-    comparison.show(result, "json" if as_json else form or "console")
+    tables.show(result, "json" if as_json else form or "console")
     if picture is not None:
-        comparison.draw(result, picture)
+        tables.draw(result, picture)
 
 
 @main.command()

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mind import tracking, versioning
 from mind.config import Config
@@ -23,13 +23,9 @@ from mind.workspace import Workspace
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from rich.console import RenderableType
-    from rich.table import Table
 
     from mind.latent import LatentMap
     from mind.statistics import Difference
-
-Form = Literal["console", "json", "markdown", "latex"]
 
 DOMAINS = {"id": "in distribution", "ood": "out of distribution"}
 SIGNIFICANT = 0.05
@@ -445,10 +441,10 @@ def _finding(row: Row, reference: str) -> str:
     for label, difference in own.items():
         how = verdict(difference)
         said = f"{how} than {reference}" if how in ("better", "worse") else f"the same as {reference}" if how == "the same" else how
-        parts.append(f"{said} {label} ({_points(difference.value)} points, {_span(difference)}, {_p(difference.p)})")
+        parts.append(f"{said} {label} ({points(difference.value)} points, {span(difference)}, {p_value(difference.p)})")
     lost, right = row.forgot or (0, 0)
     said = f"{row.variant} ({len(row.seeds)} seeds)" if len(row.seeds) > 1 else row.variant
-    return f"{said} is {'; '.join(parts)}. Of {_count(right)} questions that {reference} had right it has {_count(lost)} wrong."
+    return f"{said} is {'; '.join(parts)}. Of {count(right)} questions that {reference} had right it has {count(lost)} wrong."
 
 
 def _latent(name: str, reference: str, maps: Mapping[str, LatentMap], singles: Sequence[str], seed: int) -> str:
@@ -472,295 +468,18 @@ def _benchmarks(rows: Iterable[Row], domain: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-# ------------------------------------------------------------------- showing
-
-
-def show(result: Comparison, form: Form = "console") -> None:
-    """Print to standard output."""
-    if form != "console":
-        print({"json": to_json, "markdown": to_markdown, "latex": to_latex}[form](result))
-        return
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 160)  # a log file has no edge
-    for table in _tables(result, console.width):
-        console.print(table)
-    for line in _remarks(result):
-        console.print(escape(line), soft_wrap=True)
-
-
-def draw(result: Comparison, path: Path) -> None:
-    """Accuracies and differences as a picture; its title says how the variant that gained most compares with the reference."""
-    from mind import figures
-
-    rows = [
-        figures.Compared(
-            row.variant,
-            {key: score for key in result.columns if (score := _score(row, key))},
-            {key: [_accuracy(metrics, key) for metrics in row.seeds.values()] for key in result.columns} if len(row.seeds) > 1 else {},
-            {domain: (row.differences[domain], verdict(row.differences[domain])) for domain in DOMAINS if domain in row.differences},
-        )
-        for row in result.rows
-    ]
-    figures.comparison(rows, result.columns, result.reference, path, title=_headline(result))
-
-
-def _headline(result: Comparison) -> str:
-    compared = [row for row in result.rows if any(domain in row.differences for domain in DOMAINS)]
-    if not compared:
-        return ""
-    best = max(compared, key=lambda row: sum(row.differences[domain].value for domain in DOMAINS if domain in row.differences))
-    own = {label: best.differences[domain] for domain, label in DOMAINS.items() if domain in best.differences}
-    gains = ", ".join(f"{_points(difference.value)} points {label} ({verdict(difference)})" for label, difference in own.items())
-    return f"{best.variant} against {result.reference}: {gains}"
-
-
-def draw_latent(result: Comparison, path: Path) -> bool:
-    """The latent maps of the reference and of the variants side by side (four at most); False where there is none to draw."""
-    from mind import figures
-
-    drawn = dict(list(result.maps.items())[:4])
-    if drawn:
-        figures.latent_map(
-            drawn, path, title=next((row.latent for row in reversed(result.rows) if row.variant in drawn and row.latent), "")
-        )
-    return bool(drawn)
-
-
-def to_json(result: Comparison) -> str:
-    captions = _captions(result)
-    rows = [
-        {
-            "variant": row.variant,
-            "method": row.method,
-            "caption": captions.get(row.method, ""),
-            "seeds": [{"seed": seed, **{key: _accuracy(metrics, key) for key in result.columns}} for seed, metrics in row.seeds.items()],
-            "tokens": row.tokens,
-            "seconds": row.seconds,
-            "benchmarks": row.metrics["benchmarks"],
-            **{domain: row.metrics[domain] for domain in DOMAINS if domain in row.metrics},
-            "differences": {key: {**asdict(difference), "verdict": verdict(difference)} for key, difference in row.differences.items()},
-            "forgot": {"lost": row.forgot[0], "of": row.forgot[1]} if row.forgot else None,
-            "sentences": row.sentences,
-        }
-        for row in result.rows
-    ]
-    return json.dumps({"reference": result.reference, "variants": rows, "missing": result.missing, "notes": result.notes}, indent=2)
-
-
-def to_markdown(result: Comparison) -> str:
-    columns = result.columns
-    blocks = [
-        f"Accuracy in %{_of_seeds(result)}, 95 % interval:",
-        _markdown(["variant", *_flat(columns)], ([row.variant, *_accuracies(row, columns, " ")] for row in result.rows)),
-    ]
-    compared = [row for row in result.rows if row.differences]
-    if compared:
-        blocks += [
-            f"Difference to `{result.reference}` in points, paired, 95 % interval; p corrected for the number of variants (Holm):",
-            _markdown(["variant", *_flat(columns)], ([row.variant, *_gains(row, columns, " ")] for row in compared)),
-        ]
-    blocks += [
-        f"What it took, and what of `{result.reference}` was forgotten:",
-        _markdown(["variant", *SPENT], ([row.variant, *_spent(row)] for row in result.rows)),
-    ]
-    blocks += ["\n".join(f"- {line}" for line in _remarks(result))] if list(_remarks(result)) else []
-    captions = _captions(result)
-    if captions:
-        blocks.append("\n".join(f"- `{method}`: {caption}" for method, caption in captions.items()))
-    return "\n\n".join(blocks)
-
-
-def to_latex(result: Comparison) -> str:
-    """A booktabs table: accuracies with intervals, and a dagger where a difference to the reference is more than noise."""
-    columns = result.columns
-    spent = SPENT[:3]
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\begin{{tabular}}{{l{'c' * len(columns)}{'r' * len(spent)}}}",
-        r"\toprule",
-        " & ".join(["variant", *map(_tex, _flat(columns)), *spent]) + r" \\",
-        r"\midrule",
-    ]
-    for row in result.rows:
-        cells = []
-        for key in columns:
-            score = _score(row, key)
-            dagger = r"$^\dagger$" if key in row.differences and verdict(row.differences[key]) in ("better", "worse") else ""
-            cells.append(f"{_percent(score)}{dagger} {{\\scriptsize [{_ends(score, ', ')}]}}" if score else "--")
-        lines.append(" & ".join([_tex(row.variant), *cells, *(cell.replace("-", "--") for cell in _spent(row)[:3])]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", rf"\caption{{{_tex_caption(result)}}}", r"\end{table}"])
-
-
-def _tex_caption(result: Comparison) -> str:
-    test = "exact McNemar test (averages: paired randomisation test)"
-    interval = "Wilson intervals"
-    if result.repeated:
-        test += r", for rows of several seeds Welch's $t$ over questions and seeds"
-        interval = "intervals (Wilson; of several seeds over questions and seeds)"
-    texts = [
-        f"Accuracy in \\%{_of_seeds(result)}, with 95\\,\\% {interval}. $^\\dagger$ differs from {_tex(result.reference)} on the same "
-        f"questions: {test}, Holm-corrected $p < {SIGNIFICANT}$.",
-        *(f"{_tex(method)}: {_tex(caption)}" for method, caption in _captions(result).items()),
-    ]
-    return " ".join(texts)
-
-
-def _captions(result: Comparison) -> dict[str, str]:
-    """method -> its paper and how ours deviates from it, where its class says so."""
-    from mind.methods import table
-
-    methods = dict.fromkeys(row.method for row in result.rows if row.method in table.CLASSES)
-    found = {method: getattr(table.method_class(method), "caption", "") for method in methods}
-    return {method: caption for method, caption in found.items() if caption}
-
-
-def _of_seeds(result: Comparison) -> str:
-    return ", mean over seeds" if result.repeated else ""
-
-
-Cells = Callable[..., list[str]]
-"""(row, columns) -> what stands in them."""
-
-
-def _tables(result: Comparison, width: int) -> Iterator[RenderableType]:
-    """Titled tables for a console of so many columns."""
-    columns = result.columns
-    compared = [row for row in result.rows if row.differences]
-    title = f"Accuracy in %{_of_seeds(result)}, with 95 % intervals"
-    yield from _fitting(title, result.rows, columns, [_accuracies, _accuracies_in_short], width)
-    if compared:
-        title = f"Difference to {result.reference} in points, on the same questions"
-        yield from _fitting(title, compared, columns, [_gains, _gains_in_short], width)
-    if any(cell != UNKNOWN for row in result.rows for cell in _spent(row)):
-        yield _titled("What it took, and what was forgotten", _table(result.rows, SPENT, lambda row, _: _spent(row)))
-
-
-def _fitting(title: str, rows: Sequence[Row], columns: Mapping[str, str], forms: Sequence[Cells], width: int) -> Iterator[RenderableType]:
-    """In full where that fits; else with less detail; else in two parts."""
-    from rich.console import Console
-    from rich.measure import Measurement
-
-    console = Console(width=10_000)
-    for form in forms:
-        made = _table(rows, columns, form)
-        if Measurement.get(console, console.options, made).maximum <= width or (len(columns) == 1 and form is forms[-1]):
-            yield _titled(f"{title}\n* more than noise (p < {SIGNIFICANT}, Holm)" if form is _gains_in_short else title, made)
-            return
-    names = list(columns)
-    for part in (names[: -(-len(names) // 2)], names[-(-len(names) // 2) :]):
-        yield from _fitting(title, rows, {name: columns[name] for name in part}, forms[-1:], width)
-
-
-def _titled(title: str, table: Table) -> RenderableType:
-    """A table's own title would be wrapped to its width."""
-    from rich.console import Group
-    from rich.text import Text
-
-    return Group(Text(title, style="bold"), table)
-
-
-def _table(rows: Sequence[Row], columns: Mapping[str, str] | Sequence[str], cells: Cells) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    made = Table("variant", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    for heading in columns.values() if isinstance(columns, Mapping) else columns:
-        made.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        made.add_row(row.variant, *cells(row, columns))
-    return made
-
-
-def _remarks(result: Comparison) -> Iterable[str]:
-    for row in result.rows:
-        yield from row.sentences
-    yield from result.notes
-    if result.missing:
-        yield f"No report yet: {', '.join(result.missing)} (`mind evaluate --variant {result.missing[0]}`)."
-
-
-def _accuracies(row: Row, columns: Iterable[str], gap: str = "\n") -> list[str]:
-    return [f"{_percent(score)}{gap}({_ends(score, '-')})" if (score := _score(row, key)) else "" for key in columns]
-
-
-def _accuracies_in_short(row: Row, columns: Iterable[str]) -> list[str]:
-    return [f"{_percent(score)} {_ends(score, '-', 0)}" if (score := _score(row, key)) else "" for key in columns]
-
-
-def _gains(row: Row, columns: Iterable[str], gap: str = "\n") -> list[str]:
-    found = [row.differences.get(key) for key in columns]
-    return [f"{_points(d.value)}{gap}({_points(d.low)} to {_points(d.high)}){gap}{_p(d.p)}" if d else "" for d in found]
-
-
-def _gains_in_short(row: Row, columns: Iterable[str]) -> list[str]:
-    found = [row.differences.get(key) for key in columns]
-    marks = ["*" if d and verdict(d) in ("better", "worse") else " " for d in found]
-    return [
-        f"{_points(d.value)}{mark}\n{_points(d.low, 0)}..{_points(d.high, 0)} " if d else "" for d, mark in zip(found, marks, strict=True)
-    ]
-
-
-SPENT = ("seeds", "supervised tokens", "seconds", "forgot")
-UNKNOWN = "-"
-
-
-def _spent(row: Row) -> list[str]:
-    seeds = str(len(row.seeds)) if row.seeds and row.method != "base" else UNKNOWN
-    cost = [f"{value:,.0f}" if value is not None else UNKNOWN for value in (row.tokens, row.seconds)]
-    return [seeds, *cost, f"{_count(row.forgot[0])} of {_count(row.forgot[1])}" if row.forgot else UNKNOWN]
-
-
-def _score(row: Row, key: str) -> Mapping[str, float] | None:
-    return _score_in(row.metrics, key)
-
-
-def _score_in(metrics: Mapping[str, Any], key: str) -> Mapping[str, float] | None:
-    return metrics.get(key) if key in DOMAINS else metrics["benchmarks"].get(key)
-
-
-def _accuracy(metrics: Mapping[str, Any], key: str) -> float | None:
-    score = _score_in(metrics, key)
-    return score["accuracy"] if score else None
-
-
-def _percent(score: Mapping[str, float]) -> str:
-    return f"{100 * score['accuracy']:.1f}"
-
-
-def _ends(score: Mapping[str, float], between: str, digits: int = 1) -> str:
-    return f"{100 * score['ci_low']:.{digits}f}{between}{100 * score['ci_high']:.{digits}f}"
-
-
-def _points(share: float, digits: int = 1) -> str:
+def points(share: float, digits: int = 1) -> str:
     return f"{100 * share:+.{digits}f}"
 
 
-def _count(number: float) -> str:
+def count(number: float) -> str:
     """Of questions; a mean over seeds may be broken."""
     return f"{number:.1f}".removesuffix(".0")
 
 
-def _span(difference: Difference) -> str:
-    return f"95 % interval {_points(difference.low)} to {_points(difference.high)}"
+def span(difference: Difference) -> str:
+    return f"95 % interval {points(difference.low)} to {points(difference.high)}"
 
 
-def _p(p: float) -> str:
+def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
-
-
-def _flat(columns: Mapping[str, str]) -> list[str]:
-    return [heading.replace("\n", " ") for heading in columns.values()]
-
-
-def _markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heading, ["---", *["--:"] * (len(heading) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _tex(text: str) -> str:
-    return "".join(f"\\{char}" if char in "&%$#_{}" else char for char in text)

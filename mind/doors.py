@@ -82,13 +82,13 @@ def _settled(workspace: Workspace, config: Config) -> dict[str, str]:
 
 def summary(workspace: Workspace, config: Config) -> None:
     """What came out: the table, the picture, the dataset version, and where to look further."""
-    from mind import comparison, forgetting, tracking
+    from mind import comparison, forgetting, tables, tracking
 
     forgetting.record(workspace, config)
     result = comparison.compare(workspace, config, list(config.run.variants))
-    comparison.draw(result, workspace.reports / "comparison.png")
-    latent = ", latent.png" if comparison.draw_latent(result, workspace.reports / "latent.png") else ""
-    comparison.show(result, "console")
+    tables.draw(result, workspace.reports / "comparison.png")
+    latent = ", latent.png" if tables.draw_latent(result, workspace.reports / "latent.png") else ""
+    tables.show(result, "console")
     console.print(f"dataset   {versioning.version_of(workspace.dataset)}")
     reports = os.path.relpath(workspace.reports)
     console.print(f"pictures  in {reports}: comparison.png{latent}, VARIANT/*.png", soft_wrap=True)

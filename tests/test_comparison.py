@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mind import comparison
+from mind import comparison, tables
 from mind.config import Config, merge, over_seeds, validate
 from mind.errors import ConfigError, DataError
 from mind.latent import LatentMap
@@ -229,7 +229,7 @@ def test_tokens_are_those_of_a_training(swept: Workspace, repeated: Config) -> N
         write_manifest(swept.student(variant), stage="distill", inputs={}, config={}, counts={"tokens": tokens})
     result = comparison.compare(swept, repeated)
     assert [row.tokens for row in result.rows] == [None, 1100, None]  # of `without-fusion` two are not known
-    assert "| mind | 3 | 1,100 | - |" in comparison.to_markdown(result)
+    assert "| mind | 3 | 1,100 | - |" in tables.to_markdown(result)
 
 
 def run_of(variant: str, **more: str) -> Any:
@@ -255,7 +255,7 @@ def test_missing_reports_are_named(workspace: Workspace, config: Config) -> None
     result = comparison.compare(workspace, config, ["mind", "without-fusion"])
     assert [row.variant for row in result.rows] == ["base", "mind"]
     assert result.missing == ("without-fusion",)
-    assert "without-fusion" in comparison.to_markdown(result)
+    assert "without-fusion" in tables.to_markdown(result)
 
 
 def test_a_missing_reference_leaves_the_accuracies(tmp_path: Path, config: Config) -> None:
@@ -266,7 +266,7 @@ def test_a_missing_reference_leaves_the_accuracies(tmp_path: Path, config: Confi
     assert not result.rows[0].differences
     assert any("'base' has no report" in note for note in result.notes)
     for form in ("console", "json", "markdown", "latex"):
-        comparison.show(result, form)  # type: ignore[arg-type]
+        tables.show(result, form)  # type: ignore[arg-type]
 
 
 def test_no_report_at_all_is_an_error_that_says_what_to_do(tmp_path: Path, config: Config) -> None:
@@ -322,11 +322,11 @@ def test_every_form_says_the_same_numbers(workspace: Workspace, config: Config, 
     accuracy = f"{100 * BETTER['primer'].mean():.1f}"
     gain = f"{100 * (BETTER['primer'].mean() - BASE['primer'].mean()):+.1f}"
     for form in ("console", "markdown", "latex"):
-        comparison.show(result, form)  # type: ignore[arg-type]
+        tables.show(result, form)  # type: ignore[arg-type]
         printed = capsys.readouterr().out
         assert accuracy in printed
         assert gain in printed or form == "latex"
-    comparison.show(result, "json")
+    tables.show(result, "json")
     data = json.loads(capsys.readouterr().out)
     mind = next(row for row in data["variants"] if row["variant"] == "mind")
     assert f"{100 * mind['benchmarks']['primer']['accuracy']:.1f}" == accuracy
@@ -336,7 +336,7 @@ def test_every_form_says_the_same_numbers(workspace: Workspace, config: Config, 
 
 
 def test_markdown_is_a_table(workspace: Workspace, config: Config) -> None:
-    for block in comparison.to_markdown(comparison.compare(workspace, config)).split("\n\n"):
+    for block in tables.to_markdown(comparison.compare(workspace, config)).split("\n\n"):
         lines = block.splitlines()
         if lines[0].startswith("|"):
             assert len({line.count("|") for line in lines}) == 1
@@ -356,18 +356,18 @@ def test_six_benchmarks_and_twelve_variants_fit_the_console(
         write(Workspace(tmp_path), variant, {name: random.random(50) < 0.5 for name in six})
     result = comparison.compare(Workspace(tmp_path), validate(raw))
     console = Console(width=1000, record=True, file=(tmp_path / "shown").open("w"))
-    tables = list(comparison._tables(result, width))
-    for table in tables:
+    shown = list(tables._tables(result, width))
+    for table in shown:
         console.print(table)
     lines = console.export_text().splitlines()
-    assert len(tables) == 2 * parts + 1
+    assert len(shown) == 2 * parts + 1
     assert max(map(len, map(str.rstrip, lines))) <= width
     assert all(any(name in line for line in lines) for name in [*six, *names]) and "…" not in "".join(lines)
 
 
 def test_latex_escapes_names_and_marks_what_is_more_than_noise(workspace: Workspace, config: Config) -> None:
     write(workspace, "instant_loss", NOISY)
-    text = comparison.to_latex(comparison.compare(workspace, config, ["mind", "instant_loss"]))
+    text = tables.to_latex(comparison.compare(workspace, config, ["mind", "instant_loss"]))
     assert r"instant\_loss" in text and "instant_loss" not in text
     row = {line.split(" & ")[0]: line for line in text.splitlines() if " & " in line}
     assert row["mind"].count(r"$^\dagger$") == 1
@@ -378,16 +378,16 @@ def test_latex_escapes_names_and_marks_what_is_more_than_noise(workspace: Worksp
 def test_the_picture_is_titled_by_the_variant_that_gained_most(workspace: Workspace, config: Config, tmp_path: Path) -> None:
     write(workspace, "without-fusion", NOISY)
     result = comparison.compare(workspace, config, ["mind", "without-fusion"])
-    assert comparison._headline(result).startswith("mind against base: +")
-    comparison.draw(result, tmp_path / "accuracy.png")
+    assert tables._headline(result).startswith("mind against base: +")
+    tables.draw(result, tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
 
 
 def test_the_caption_says_paper_test_and_seeds(swept: Workspace, repeated: Config) -> None:
-    text = comparison.to_latex(comparison.compare(swept, repeated))
+    text = tables.to_latex(comparison.compare(swept, repeated))
     assert "mean over seeds" in text and "Welch's $t$" in text and "arXiv 2601.03717" in text
     assert text.count("{") == text.count("}")
-    comparison.draw(comparison.compare(swept, repeated), swept.root / "picture.svg")
+    tables.draw(comparison.compare(swept, repeated), swept.root / "picture.svg")
     assert "<svg" in (swept.root / "picture.svg").read_text()
 
 
@@ -404,13 +404,13 @@ def latent_map(separation: float, question: str = "q") -> LatentMap:
 
 def test_latent_spaces_are_compared_where_both_were_mapped(workspace: Workspace, config: Config, tmp_path: Path) -> None:
     assert comparison.compare(workspace, config).rows[1].latent == ""
-    assert not comparison.draw_latent(comparison.compare(workspace, config), tmp_path / "latent.png")
+    assert not tables.draw_latent(comparison.compare(workspace, config), tmp_path / "latent.png")
     latent_map(0.1).write(workspace.report("base"))
     latent_map(0.4).write(workspace.report("mind"))
     result = comparison.compare(workspace, config)
     assert "perspectives are more separable than in base" in result.rows[1].latent
-    assert result.rows[1].latent in comparison.to_markdown(result)
-    assert comparison.draw_latent(result, tmp_path / "latent.png")
+    assert result.rows[1].latent in tables.to_markdown(result)
+    assert tables.draw_latent(result, tmp_path / "latent.png")
     assert (tmp_path / "latent.png").exists()
 
 

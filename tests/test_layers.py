@@ -21,7 +21,7 @@ RANK_2 = {
     "mind.lineage",
     "mind.reevaluation",
 }  # beside the stages: they read the configuration whole
-RANK_3 = {"mind.cli", "mind.doors", "mind.services", "mind.stages.__main__"}  # everything in flows/ too
+RANK_3 = {"mind.cli", "mind.doors", "mind.services", "mind.stages.__main__", "mind.tables"}  # everything in flows/ too
 
 HEAVY = {
     *("accelerate", "datasets", "dvc", "gguf", "httpx", "huggingface_hub", "math_verify", "matplotlib", "mlflow", "numpy", "openai"),
