@@ -119,7 +119,8 @@ def side_by_side(workspace: Path, targets: list[str], parallel: Parallel, force:
     futures: dict[str, Any] = {}
     before: dict[str, Any] = {}
     with resources(parallel):
-        for target in targets:
+        # all trainings first: on Ray a task that waits for another holds its card meanwhile
+        for target in sorted(targets, key=lambda target: target.startswith("evaluate@")):
             variant = target.partition("@")[2]
             after = [before[variant]] if variant in before else []
             futures[target] = before[variant] = _limited(hours).submit(workspace, target, force, wait_for=after)
@@ -127,7 +128,7 @@ def side_by_side(workspace: Path, targets: list[str], parallel: Parallel, force:
         future.wait()
     for future in futures.values():
         future.result()  # raises what failed first
-    return {target: str(future.state.message) for target, future in futures.items()}
+    return {target: str(futures[target].state.message) for target in targets}
 
 
 def _limited(hours: float | None) -> Any:

@@ -6,6 +6,7 @@ several machines that folder has to be shared (NFS, a cluster's file system).
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +14,9 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 
 from mind.config import Parallel
 from mind.errors import ConfigError
+
+ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+"""Ray on this machine: on loopback, which it does by itself on Windows and macOS only, and for who has the token in ~/.ray only."""
 
 
 def runner(settings: Parallel) -> TaskRunner[Any]:
@@ -23,11 +27,13 @@ def runner(settings: Parallel) -> TaskRunner[Any]:
     """
     if settings.engine == "processes":
         return ProcessPoolTaskRunner(max_workers=settings.processes)
+    if settings.address is None:
+        os.environ |= ALONE  # read when Ray is imported, and by the processes that it starts
     try:
         from prefect_ray import RayTaskRunner
     except ImportError:
         raise ConfigError("run.parallel.engine: ray is not installed", do="pip install 'mind-distill[ray]'") from None
-    return RayTaskRunner(address=settings.address)
+    return RayTaskRunner(address=settings.address, init_kwargs={"include_dashboard": False} if settings.address is None else {})
 
 
 def resources(settings: Parallel) -> AbstractContextManager[Any]:
