@@ -112,6 +112,7 @@ def _dump(yaml: YAML, content: Any) -> str:
 
 def _init_dvc(folder: Path) -> None:
     """A DVC repository in the folder (below a git repository where there is one), with data/ added."""
+    from dvc.config_schema import RelPath
     from dvc.repo import Repo
 
     in_git = any((parent / ".git").exists() for parent in (folder.resolve(), *folder.resolve().parents))
@@ -119,5 +120,5 @@ def _init_dvc(folder: Path) -> None:
     with Repo.init(str(folder), no_scm=not in_git, subdir=below) as repo:
         with repo.config.edit("repo") as config:
             config["core"] = {**config.get("core", {}), "analytics": False, "remote": "local"}
-            config["remote"] = {"local": {"url": str((folder / ".mind" / "remote").resolve())}}
+            config["remote"] = {"local": {"url": RelPath(str((folder / ".mind" / "remote").resolve()))}}
         repo.add(str(folder / "data"))
