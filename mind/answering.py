@@ -133,6 +133,7 @@ def _generate(
                 temperature=_temperature(settings),
                 seeds=seeds,
                 on_done=keep,
+                on_step=shown.under_way,
             )
     return [
         [[own.answers[question.id, sample] for sample in range(settings.samples)] for question in benchmark.questions]

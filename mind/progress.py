@@ -31,6 +31,8 @@ class Bar:
     def __init__(self, label: str, total: int, unit: str, progress: Progress | None) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = self.resumed = 0
+        self.begun = 0.0
+        self.note = ""
         self.started = self.said = time.monotonic()
         self._told = 0.0
         self._progress = progress
@@ -43,13 +45,22 @@ class Bar:
 
     def advance(self, units: int = 1, note: str = "") -> None:
         self.done += units
-        text = f"{self.rate():.3g} {self.unit}/s  {note}".rstrip()
+        self.note = note
+        self._show()
+
+    def under_way(self, units: float) -> None:
+        """What has been done of units that are not done yet, as a number of units: units that end all at once have a rate before."""
+        self.begun = units
+        self._show()
+
+    def _show(self) -> None:
+        text = f"{self.rate():.3g} {self.unit}/s  {self.note}".rstrip()
         self._tell(text)
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=self.done, note=text)
+            self._progress.update(self._task, completed=self.done + self.begun, note=text)
         elif time.monotonic() - self.said >= LOG_SECONDS:
             self.said = time.monotonic()
-            left = (self.total - self.done) / max(self.rate(), 1e-9)
+            left = (self.total - self.done - self.begun) / max(self.rate(), 1e-9)
             print(f"{self.label}: {self.done}/{self.total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
 
     def _tell(self, text: str) -> None:
@@ -61,7 +72,7 @@ class Bar:
             aside.replace(file)
 
     def rate(self) -> float:
-        return (self.done - self.resumed) / max(time.monotonic() - self.started, 1e-9)
+        return (self.done + self.begun - self.resumed) / max(time.monotonic() - self.started, 1e-9)
 
 
 @contextmanager

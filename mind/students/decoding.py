@@ -49,6 +49,9 @@ class Completion:
 Finish = Callable[[int, list[int], list[float]], None]
 """Takes the index of a prompt, the tokens of its answer and their log probabilities."""
 
+Step = Callable[[float], None]
+"""Takes what the unfinished answers have used of their allowances, summed: 3 answers at half of theirs are 1.5."""
+
 
 @dataclass
 class _Row:
@@ -70,6 +73,7 @@ def generate(
     temperature: float = 0.0,
     seeds: Sequence[int] = (),
     on_done: Callable[[int, Completion], None] | None = None,
+    on_step: Step = lambda under_way: None,
 ) -> list[Completion]:
     """Answer every prompt.
 
@@ -79,6 +83,7 @@ def generate(
         temperature: 0: the most likely token, always; above, tokens are drawn.
         seeds: one a prompt, where tokens are drawn: the same seed draws the same answer, whatever else is asked beside it.
         on_done: called with the prompt's index as soon as its answer is finished, in any order.
+        on_step: called after each step. Answers that were begun together end together; until then nothing else tells how fast it goes.
 
     Returns:
         One completion a prompt, in the order of `prompts`; in float32 independent of `batch_tokens` up to ties of the logits.
@@ -98,7 +103,7 @@ def generate(
         longest = len(prompts[group[0]]) + max_new_tokens
         capacity = max(1, min(len(group), batch_tokens // longest))
         decode = _decode if _attends_to_all(model.config, longest) else _decode_plainly
-        decode(model, {index: prompts[index] for index in group}, capacity, longest, ends, pick, finish)
+        decode(model, {index: prompts[index] for index in group}, capacity, longest, ends, pick, finish, on_step)
     return [done[index] for index in range(len(prompts))]
 
 
@@ -219,7 +224,14 @@ class _Store(Cache):
 
 
 def _decode(
-    model: Any, prompts: Mapping[int, list[int]], capacity: int, longest: int, ends: _Endings, pick: _Picker, finish: Finish
+    model: Any,
+    prompts: Mapping[int, list[int]],
+    capacity: int,
+    longest: int,
+    ends: _Endings,
+    pick: _Picker,
+    finish: Finish,
+    step: Step,
 ) -> None:
     shared = _shared_prefix(list(prompts.values()))
     store = _Store(capacity, longest)
@@ -248,6 +260,7 @@ def _decode(
             row.logs.append(log)
             row.last, row.column = token, row.column + 1
         rows = _without_finished(rows, store, ends, finish)
+        step(sum(len(row.written) for row in rows) / ends.max_new_tokens)
 
 
 def _shared_prefix(prompts: Sequence[list[int]]) -> int:
@@ -328,15 +341,23 @@ class _Choice(LogitsProcessor):
 
 
 class _Stop(StoppingCriteria):
-    def __init__(self, width: int, ends: _Endings) -> None:
-        self.width, self.ends = width, ends
+    def __init__(self, width: int, ends: _Endings, step: Step) -> None:
+        self.width, self.ends, self.step = width, ends, step
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        self.step(len(input_ids) * (input_ids.shape[1] - self.width) / self.ends.max_new_tokens)
         return torch.tensor([self.ends(row[self.width :].tolist()) for row in input_ids], device=input_ids.device)
 
 
 def _decode_plainly(
-    model: Any, prompts: Mapping[int, list[int]], capacity: int, longest: int, ends: _Endings, pick: _Picker, finish: Finish
+    model: Any,
+    prompts: Mapping[int, list[int]],
+    capacity: int,
+    longest: int,
+    ends: _Endings,
+    pick: _Picker,
+    finish: Finish,
+    step: Step,
 ) -> None:
     """The same through `transformers.generate`: prompts of like length, padded on the left. For sliding windows and mixed layers."""
     device = next(model.parameters()).device
@@ -356,7 +377,7 @@ def _decode_plainly(
             logits_processor=LogitsProcessorList([choice]),
             pad_token_id=ends.pad,
             eos_token_id=sorted(ends.tokens) or None,
-            stopping_criteria=StoppingCriteriaList([_Stop(width, ends)]),
+            stopping_criteria=StoppingCriteriaList([_Stop(width, ends, step)]),
         )
         for index, row, logs in zip(batch, output[:, width:].tolist(), choice.logs, strict=True):
             written = _until_end(row, ends)
