@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from filelock import FileLock
@@ -232,20 +233,22 @@ def _say(settings: Resolved, making: _Making, address: str | None) -> None:
     if any(making.left_out.values()):
         left = ", ".join(f"{count} {what}" for what, count in making.left_out.items() if count)
         console.print(f"  left out: {left} (too long for training.max_tokens, or nothing there for this method)")
-    for line in _weights(making.history[-1]):
+    for line in _weights(making.history[len(making.history) // 2 :]):
         console.print(line)
     if address:
         console.print(f"  registered as {address}")
 
 
-def _weights(last: Mapping[str, float]) -> list[str]:
-    """What the end of the training says about the perspectives."""
+def _weights(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """What these rows of the history say about the perspectives, on average: a single row is that of a few questions."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    mean = {name: fmean(row[name] for row in rows if name in row) for name in names}
     lines = []
     for prefix, title in (
-        ("metanet/weight/", f"MetaNet keeps {last.get('metanet/selected', 0):.1f} views; heaviest"),
+        ("metanet/weight/", f"MetaNet keeps {mean.get('metanet/selected', 0):.1f} views; heaviest"),
         ("mode/weight/", "mixture"),
     ):
-        found = sorted(((value, name) for name, value in last.items() if name.startswith(prefix)), key=lambda pair: -abs(pair[0]))
+        found = sorted(((value, name) for name, value in mean.items() if name.startswith(prefix)), key=lambda pair: -abs(pair[0]))
         if found:
             lines.append(f"  {title}: " + ", ".join(f"{name.rpartition('/')[2]} {value:.2f}" for value, name in found[:4]))
     return lines
