@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from mind import latent
+from mind import latent, separation
 from mind.config import Config, Latent, Synthesis, validate
 from mind.errors import ConfigError, DataError, StudentError
 from mind.prompts import student_ids, student_prompt
@@ -29,15 +29,15 @@ IDS = [f"q{i}" for i in GROUPS]
 NAMES = [PERSPECTIVES[k] for k in LABELS]
 
 
-def planted(separation: float, seed: int = 0) -> np.ndarray:
-    """States of 16 questions x 8 perspectives: a large vector a question, `separation` times one a perspective, noise."""
+def planted(apart: float, seed: int = 0) -> np.ndarray:
+    """States of 16 questions x 8 perspectives: a large vector a question, `apart` times one a perspective, noise."""
     random = np.random.default_rng(seed)
     views, questions = random.normal(size=(VIEWS, WIDTH)), random.normal(size=(QUESTIONS, WIDTH))
-    return separation * views[LABELS] + 5 * questions[GROUPS] + random.normal(size=(len(GROUPS), WIDTH))
+    return apart * views[LABELS] + 5 * questions[GROUPS] + random.normal(size=(len(GROUPS), WIDTH))
 
 
-def report(separation: float, seed: int = 0) -> latent.LatentReport:
-    return latent.measure(planted(separation, seed), IDS, NAMES, Latent(), seed=17)
+def report(apart: float, seed: int = 0) -> latent.LatentReport:
+    return latent.measure(planted(apart, seed), IDS, NAMES, Latent(), seed=17)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def none() -> latent.LatentReport:
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=4, max_size=40))
 def test_agreement_is_that_of_sklearn(rows: list[tuple[int, int]]) -> None:
     clusters, labels = map(np.array, zip(*[*rows, (0, 0), (1, 1)], strict=True))  # at least two of both
-    found = latent.agreement(latent.contingency(clusters, labels, np.zeros(len(labels), int)))
+    found = separation.agreement(separation.contingency(clusters, labels, np.zeros(len(labels), int)))
     assert found["ari"][0] == pytest.approx(adjusted_rand_score(labels, clusters), abs=1e-12)
     assert found["nmi"][0] == pytest.approx(normalized_mutual_info_score(labels, clusters), abs=1e-9)
     majority = sum(np.bincount(labels[clusters == c]).max() for c in set(clusters))
@@ -68,44 +68,46 @@ def test_agreement_is_that_of_sklearn(rows: list[tuple[int, int]]) -> None:
 def test_effective_components_count_equal_ones() -> None:
     for kinds in (1, 3, 8):
         clusters = np.arange(48) % kinds
-        table = latent.contingency(clusters, np.arange(48) % 8, np.zeros(48, int))
-        assert latent.agreement(table)["components"][0] == pytest.approx(kinds)
+        table = separation.contingency(clusters, np.arange(48) % 8, np.zeros(48, int))
+        assert separation.agreement(table)["components"][0] == pytest.approx(kinds)
 
 
 def test_tables_of_questions_add_up_to_the_whole_table() -> None:
     clusters = np.random.default_rng(0).integers(0, 5, len(LABELS))
-    by_question = latent.contingency(clusters, LABELS, GROUPS)
-    assert (by_question.sum(0) == latent.contingency(clusters, LABELS, np.zeros_like(GROUPS))[0]).all()
+    by_question = separation.contingency(clusters, LABELS, GROUPS)
+    assert (by_question.sum(0) == separation.contingency(clusters, LABELS, np.zeros_like(GROUPS))[0]).all()
     assert (by_question.sum((1, 2)) == VIEWS).all()
 
 
 def test_what_is_said_of_a_question_does_not_count() -> None:
     states = planted(1.0)
     moved = states + 100 * np.random.default_rng(9).normal(size=(QUESTIONS, WIDTH))[GROUPS]
-    assert np.allclose(latent.without_question(states, GROUPS), latent.without_question(moved, GROUPS))
+    assert np.allclose(separation.without_question(states, GROUPS), separation.without_question(moved, GROUPS))
 
 
 def test_dimensions_that_never_vary_do_no_harm() -> None:
     states = planted(1.0)
     states[:, 3] = 7.0
-    assert np.isfinite(latent.without_question(states, GROUPS)).all()
+    assert np.isfinite(separation.without_question(states, GROUPS)).all()
 
 
 def test_shuffles_stay_within_a_question() -> None:
-    shuffled = latent.shuffle_within(LABELS, GROUPS, np.random.default_rng(0))
-    assert shuffled.shape == (latent.PERMUTATIONS, len(LABELS))
+    shuffled = separation.shuffle_within(LABELS, GROUPS, np.random.default_rng(0))
+    assert shuffled.shape == (separation.PERMUTATIONS, len(LABELS))
     assert (np.sort(shuffled.reshape(-1, QUESTIONS, VIEWS), axis=2) == np.arange(VIEWS)).all()
-    assert len({tuple(row) for row in shuffled}) == latent.PERMUTATIONS
+    assert len({tuple(row) for row in shuffled}) == separation.PERMUTATIONS
 
 
 def test_variance_falls_to_what_was_planted() -> None:
     random = np.random.default_rng(0)
     of_question, of_view = random.normal(size=(QUESTIONS, 500)), random.normal(size=(VIEWS, 500))
-    shares = latent.variance_shares(3 * of_question[GROUPS] + 2 * of_view[LABELS] + random.normal(size=(len(GROUPS), 500)), GROUPS, LABELS)
+    shares = separation.variance_shares(
+        3 * of_question[GROUPS] + 2 * of_view[LABELS] + random.normal(size=(len(GROUPS), 500)), GROUPS, LABELS
+    )
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["question"] == pytest.approx(9 / 14, abs=0.05)
     assert shares["perspective"] == pytest.approx(4 / 14, abs=0.05)
-    assert latent.variance_shares(np.ones((len(GROUPS), 4)), GROUPS, LABELS) == {"question": 0, "perspective": 0, "rest": 1}
+    assert separation.variance_shares(np.ones((len(GROUPS), 4)), GROUPS, LABELS) == {"question": 0, "perspective": 0, "rest": 1}
 
 
 @settings(max_examples=20, deadline=None)
@@ -114,18 +116,18 @@ def test_cka_sees_geometry_not_axes(seed: int, scale: float) -> None:
     random = np.random.default_rng(seed)
     states = random.normal(size=(30, 12))
     turn, _ = np.linalg.qr(random.normal(size=(12, 12)))
-    assert latent.cka(states, scale * states @ turn + 3) == pytest.approx(1)
+    assert separation.cka(states, scale * states @ turn + 3) == pytest.approx(1)
     other = random.normal(size=(30, 7))
-    assert latent.cka(states, other) == pytest.approx(latent.cka(other, states))
+    assert separation.cka(states, other) == pytest.approx(separation.cka(other, states))
 
 
 def test_cka_of_unrelated_states_is_about_zero_in_many_dimensions() -> None:
     """The plain estimate is near 0.8 here."""
     random = np.random.default_rng(0)
-    values = [latent.cka(random.normal(size=(48, 200)), random.normal(size=(48, 200))) for _ in range(20)]
+    values = [separation.cka(random.normal(size=(48, 200)), random.normal(size=(48, 200))) for _ in range(20)]
     assert abs(np.mean(values)) < 0.02
     mixed = random.normal(size=(48, 200))
-    assert 0.2 < latent.cka(mixed, mixed + random.normal(size=(48, 200))) < 0.8
+    assert 0.2 < separation.cka(mixed, mixed + random.normal(size=(48, 200))) < 0.8
 
 
 # ------------------------------------------------- planted and absent clusters
@@ -175,7 +177,7 @@ def test_silhouette_interval_holds_the_mean_of_many_questions() -> None:
     held = 0
     for row in per_question:
         draws = random.multinomial(QUESTIONS, np.full(QUESTIONS, 1 / QUESTIONS), size=500)
-        low, high = np.quantile(latent._means(np.repeat(row, VIEWS), GROUPS, draws), [0.025, 0.975])
+        low, high = np.quantile(separation.means(np.repeat(row, VIEWS), GROUPS, draws), [0.025, 0.975])
         held += low <= 0.2 <= high
     assert held >= 88
 
