@@ -42,7 +42,7 @@ class Seen:
 
     def __call__(self, groups: Sequence[Group], *, answers_only: bool = False) -> Outputs:
         self.outputs.append(self.layout(self.model, groups, answers_only=answers_only))
-        self.outputs[-1].logits.retain_grad()
+        self.outputs[-1].states.retain_grad()
         return self.outputs[-1]
 
 
@@ -166,13 +166,13 @@ def test_mcc_pulls_at_the_rows_that_predict_the_answer_and_at_no_other() -> None
     questions = [method.encode(tiny.tokenizer(), example, i) for i, example in enumerate(tiny.examples(2))]
     outputs = forward([question.group(list(question.views)[:2]) for question in questions])
     method._apart(outputs, 0).backward()
-    assert outputs.logits.grad is not None
-    moved = outputs.logits.grad.abs().sum(dim=1) > 0
+    assert outputs.states.grad is not None
+    moved = outputs.states.grad.abs().sum(dim=1) > 0
     wanted = torch.zeros_like(moved)
     for view in (0, 1):
         wanted[slice(*outputs.answers[view])] = True
     assert torch.equal(moved, wanted)
-    values = [outputs.logits[slice(*outputs.answers[view])].shape for view in (0, 1)]
+    values = [outputs.states[slice(*outputs.answers[view])].shape for view in (0, 1)]
     assert values[0] == values[1]
 
 

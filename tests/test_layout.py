@@ -10,6 +10,10 @@ from torch.nn.functional import cross_entropy
 
 from mind import config
 from mind.prompts import student_ids, student_prompt
+from mind.students.loading import add_adapter
+from mind.training import layout
+from mind.training.adapter import FusedLinear, fuse
+from mind.training.attention import Span, blocks
 from mind.training.layout import Encoded, Group, Outputs, encode, encode_example, packed, padded
 from mind.training.loop import make_tunable
 from tests import tiny
@@ -84,7 +88,7 @@ def both(model: torch.nn.Module, groups: Sequence[Group]) -> list[tuple[Outputs,
         model.zero_grad()
         outputs = run(model, groups)
         weights = torch.linspace(0.1, 1, len(outputs.answers))
-        answers = sum(outputs.answer_logprobs(view)[:, view].sum() for view in range(len(outputs.answers)))
+        answers = sum(outputs.answer_logprobs([view])[0, :, view].sum() for view in range(len(outputs.answers)))
         ((weights * outputs.ce()).sum() + 0.01 * answers).backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         results.append((outputs, gradient))
@@ -98,7 +102,7 @@ def test_packed_equals_padded(architecture: str) -> None:
     torch.testing.assert_close(fast.nll, slow.nll, atol=1e-4, rtol=1e-5)
     assert fast.mask.equal(slow.mask)
     for view in range(len(fast.answers)):
-        torch.testing.assert_close(fast.answer_logprobs(view), slow.answer_logprobs(view), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(fast.answer_logprobs([view]), slow.answer_logprobs([view]), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(fast.view_features, slow.view_features, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(fast.prompt_features, slow.prompt_features, atol=1e-5, rtol=1e-4)
     assert float((fast_gradient - slow_gradient).norm() / slow_gradient.norm()) < 1e-5
@@ -118,7 +122,7 @@ def test_a_view_has_the_loss_that_the_model_itself_gives_it(architecture: str, r
         torch.testing.assert_close(outputs.nll[row, :length].detach(), expected, atol=1e-4, rtol=1e-5)
         s, e = (start + place for place in response.answer)
         torch.testing.assert_close(
-            outputs.answer_logprobs(row).detach(), torch.log_softmax(logits[s - 1 : e - 1].float(), dim=-1), atol=1e-4, rtol=1e-5
+            outputs.answer_logprobs([row])[0].detach(), torch.log_softmax(logits[s - 1 : e - 1].float(), dim=-1), atol=1e-4, rtol=1e-5
         )
 
 
@@ -142,7 +146,7 @@ def test_part_is_a_pass_over_those_views_alone() -> None:
     part = packed(model, [question.group() for question in own]).part([1], [8, 9, 10])
     alone = packed(model, [own[1].group()])
     torch.testing.assert_close(part.ce(), alone.ce(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(part.answer_logprobs(2), alone.answer_logprobs(2), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(part.answer_logprobs([2]), alone.answer_logprobs([2]), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(part.view_features, alone.view_features, atol=1e-5, rtol=1e-4)
 
 
@@ -152,7 +156,76 @@ def test_features_carry_no_gradient() -> None:
     assert not outputs.view_features.requires_grad and not outputs.prompt_features.requires_grad
 
 
-def test_logits_exist_at_supervised_positions_only() -> None:
-    own = questions()
-    outputs = packed(tiny.model(), [question.group() for question in own])
-    assert len(outputs.logits) == sum(len(view.ids) for question in own for view in question.views.values()) == int(outputs.mask.sum())
+def test_logits_exist_at_supervised_positions_only_and_never_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, rows, model = questions(), [], adapted("llama")
+    groups = [question.group() for question in own]
+    whole = packed(model, groups)
+    monkeypatch.setattr(layout, "LOGITS", 10 * tiny.SHAPE["vocab_size"])
+    model.get_base_model().lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
+    parts = packed(model, groups)
+    assert sum(rows) == sum(len(view.ids) for question in own for view in question.views.values()) == int(parts.mask.sum())
+    assert max(rows) == 10
+    torch.testing.assert_close(parts.nll, whole.nll, atol=1e-6, rtol=1e-6)
+
+
+def test_lengths_that_differ_a_hundredfold_are_exact_and_not_all_padded_to_the_longest() -> None:
+    made, tokenizer = tiny.examples(2), tiny.tokenizer()
+    views = [{"intuitive": "x", "planning": "long " * 120, "socratic": "short."}, {"analogy": "y" * 30}]
+    own = [encode_example(tokenizer, example, texts, i) for i, (example, texts) in enumerate(zip(made, views, strict=True))]
+    groups = [question.group() for question in own]
+    (fast, fast_gradient), (slow, slow_gradient) = both(adapted("llama"), groups)
+    torch.testing.assert_close(fast.ce(), slow.ce(), atol=1e-5, rtol=1e-5)
+    assert float((fast_gradient - slow_gradient).norm() / slow_gradient.norm()) < 1e-5
+    row = layout._pack(groups)
+    made_blocks = blocks([Span(p.start, len(p)) for p in row.prompts], row.views, torch.device("cpu"), torch.float32)
+    computed = sum(batch.mask.numel() for batch in made_blocks.batches)
+    assert len(made_blocks.batches) > 1 and computed < 1.5 * sum(
+        v.length * (v.length + len(p)) for p, own in zip(row.prompts, row.views, strict=True) for v in own
+    )
+
+
+def test_what_an_attention_without_blocks_is_given_fails_and_does_not_mix_the_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model()
+    packed(model, [questions()[0].group()])
+    model.set_attn_implementation("sdpa")
+    monkeypatch.setattr(layout, "understands", lambda model: True)
+    with pytest.raises(RuntimeError):
+        packed(model, [questions()[0].group()])
+
+
+def test_a_student_in_blocks_still_attends_as_usual_elsewhere() -> None:
+    plain, used = tiny.model(), tiny.model()
+    packed(used, [questions()[0].group()])
+    ids, mask = torch.randint(256, (2, 9)), torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+    torch.testing.assert_close(used(ids, attention_mask=mask).logits[:, :6], plain(ids, attention_mask=mask).logits[:, :6])
+    assert used.config._attn_implementation != plain.config._attn_implementation
+    assert used.config.to_dict() == plain.config.to_dict()
+
+
+# ------------------------------------------------------------------ adapters
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # the second has biases
+def test_a_fused_adapter_is_peft_s_adapter(architecture: str) -> None:
+    groups, results = [question.group() for question in questions()], []
+    for fused in (True, False):
+        model = adapted(architecture)
+        for layer in model.modules():
+            if isinstance(layer, FusedLinear) and not fused:
+                layer.__class__ = FusedLinear.__base__
+        assert any(isinstance(layer, FusedLinear) for layer in model.modules()) is fused
+        outputs = packed(model, groups)
+        outputs.ce().sum().backward()
+        results.append((outputs.ce(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        with model.disable_adapter():
+            results[-1] += (packed(model, groups).ce(),)
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-6, rtol=1e-5)
+    assert float((results[0][1] - results[1][1]).norm() / results[1][1].norm()) < 1e-5
+    torch.testing.assert_close(results[0][2], results[1][2])
+
+
+def test_adapters_with_dropout_or_of_another_precision_stay_peft_s() -> None:
+    for lora, dtype in ((config.Lora(dropout=0.1), torch.float32), (config.Lora(), torch.bfloat16)):
+        model = add_adapter(tiny.model().to(dtype), lora)
+        fuse(model)
+        assert not any(isinstance(layer, FusedLinear) for layer in model.modules())

@@ -76,6 +76,18 @@ def test_consistency_is_the_weighted_sum_over_pairs() -> None:
     assert float(losses.pairwise_consistency(p, alpha)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_gradient_of_consistency_is_that_of_the_sum_over_pairs() -> None:
+    logits, alpha = (
+        torch.randn(4, 2, 9, generator=torch.Generator().manual_seed(6)).mul(30).requires_grad_(),
+        torch.tensor([0.1, 0.2, 0.3, 0.4]),
+    )
+    log_p = log_softmax(logits, -1)
+    pairs = sum(alpha[i] * alpha[j] * losses.jsd(log_p[i], log_p[j]) for i in range(4) for j in range(i + 1, 4))
+    (expected,) = torch.autograd.grad(3 * pairs, logits, retain_graph=True)
+    (found,) = torch.autograd.grad(3 * losses.pairwise_consistency(log_p, alpha), logits)
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-5)
+
+
 def test_consistency_is_zero_for_views_that_agree_and_for_a_single_view() -> None:
     same = logprobs(2, 1, 2, 9).expand(3, 2, 9)
     assert float(losses.pairwise_consistency(same, torch.full((3,), 1 / 3))) == pytest.approx(0, abs=1e-6)

@@ -65,5 +65,5 @@ class Mcc(Drawing):
 
     def _apart(self, outputs: Outputs, first: int) -> Tensor:
         """How differently the two views `first` and `first + 1` answer."""
-        left, right = (outputs.answer_logprobs(view, self.options.temperature) for view in (first, first + 1))
+        left, right = outputs.answer_logprobs([first, first + 1], self.options.temperature)
         return symmetric_kl(left, right)

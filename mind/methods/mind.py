@@ -244,7 +244,7 @@ class Mind(Method):
     def _consistency(self, outputs: Outputs, views: list[int], alpha: Tensor) -> Tensor:
         if self.options.consistency == 0 or len(views) < 2:
             return alpha.new_zeros(())
-        return pairwise_consistency(torch.stack([outputs.answer_logprobs(view) for view in views]), alpha)
+        return pairwise_consistency(outputs.answer_logprobs(views), alpha)
 
     def _watch_share(self, questions: Sequence[Encoded], names: list[list[str]]) -> None:
         selected = sum(_packed_tokens(question, own) for question, own in zip(questions, names, strict=True))

@@ -4,8 +4,8 @@ A target is y_k = rationale + "\\n" + "The answer is {answer}." + EOS. Prompt, r
 ids joined, so the answer's span is exact and its ids are the same in all views.
 
 Two layouts give the same `Outputs`:
-- packed: a question is ONE row. The prompt stands once, its views follow; a view sees the prompt and itself (block mask), and its
-  positions go on from the prompt's end. Several questions make several rows.
+- packed: all questions are ONE row without padding. A prompt stands once, its views follow; a view sees the prompt and itself
+  (training.attention), and its positions go on from the prompt's end.
 - padded: a view is a row, prompt repeated. Slow and plain; the oracle of the first in the tests.
 
 Letters: G groups (a prompt with its views), S views over all groups, B rows, N tokens of a row, R supervised rows, T tokens of a view,
@@ -14,16 +14,25 @@ H width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mind.prompts import student_ids, student_prompt
 from mind.records import ANSWER_LINE, Example
+from mind.training.attention import Span, blocks, understands
 from mind.training.losses import mean_ce, span_logprobs, token_nll
+
+LOGITS = 2**23
+"""Logits that exist at a time: 32 MiB in float32, about what a processor's cache holds."""
+
+Head = Callable[[Tensor], Tensor]
+"""(R, H) hidden states -> (R, V) logits."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +79,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one forward pass says of S views; `logits` are those of the supervised rows only, view after view."""
+    """What one forward pass says of S views."""
 
     nll: Tensor  # (S, T) float32, 0 where mask is False
     mask: Tensor  # (S, T) bool
-    logits: Tensor  # (R, V)
-    answers: tuple[tuple[int, int], ...]  # a view's answer, as rows of `logits`
+    states: Tensor  # (R, H): the hidden states that predict the supervised tokens, view after view
+    head: Head
+    answers: tuple[tuple[int, int], ...]  # a view's answer, as rows of `states`
     answer_ce: Tensor  # (S,) float32: mean over the answer's tokens only
     prompt_features: Tensor  # (G, H) float32, detached: mean last hidden state of the prompt
     view_features: Tensor  # (S, H) float32, detached: the same of the view's own tokens
@@ -84,10 +94,10 @@ class Outputs:
         """CE_k of each view: (S,)."""
         return mean_ce(self.nll, self.mask)
 
-    def answer_logprobs(self, view: int, temperature: float = 1.0) -> Tensor:
-        """Log-distributions that predict the answer's tokens: (A, V)."""
-        start, end = self.answers[view]
-        return span_logprobs(self.logits[start:end], temperature)
+    def answer_logprobs(self, views: Sequence[int], temperature: float = 1.0) -> Tensor:
+        """Log-distributions that predict the answer's tokens of one question's views, the only logits kept: (len(views), A, V)."""
+        rows = torch.cat([self.states[slice(*self.answers[view])] for view in views])
+        return span_logprobs(self.head(rows), temperature).unflatten(0, (len(views), -1))
 
     def part(self, groups: Sequence[int], views: Sequence[int]) -> Outputs:
         """The same of these groups and views only."""
@@ -96,7 +106,8 @@ class Outputs:
         return Outputs(
             self.nll[places],
             self.mask[places],
-            self.logits,
+            self.states,
+            self.head,
             answers,
             self.answer_ce[places],
             self.prompt_features[list(groups)],
@@ -163,18 +174,9 @@ class Layout(Protocol):
 
 
 def packed(model: nn.Module, groups: Sequence[Group], *, answers_only: bool = False) -> Outputs:
-    """One row a group. Equal to `padded` to float32 rounding, at a fraction of its tokens."""
-    device = _device(model)
-    rows = [_pack(group) for group in groups]
-    width = max(len(row.ids) for row in rows)
-    pad = lambda values, fill: torch.tensor([[*v, *[fill] * (width - len(v))] for v in values], device=device)  # noqa: E731
-    ids = pad([row.ids for row in rows], 0)
-    positions = pad([row.positions for row in rows], 0)
-    blocks = pad([row.blocks for row in rows], -1)  # (B, N): 0 the prompt, k the k-th view, -1 padding
-    where = [[g * width + place for place in view] for g, row in enumerate(rows) for view in row.predicting]
-    prompts = [range(g * width, g * width + len(group.prompt)) for g, group in enumerate(groups)]
-    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": _block_mask(blocks, _dtype(model))}
-    return _run(model, inputs, groups, where, prompts, answers_only)
+    """All groups in one flat row. Equal to `padded` to float32 rounding, at a fraction of its tokens."""
+    row = _pack(groups)
+    return _run(model, _inputs(model, row), groups, row.predicting, row.prompts, answers_only)
 
 
 def padded(model: nn.Module, groups: Sequence[Group], *, answers_only: bool = False) -> Outputs:
@@ -193,11 +195,8 @@ def padded(model: nn.Module, groups: Sequence[Group], *, answers_only: bool = Fa
 
 def view_states(model: nn.Module, group: Group) -> Tensor:
     """(S, H) float32: mean last hidden state of each view's fed tokens, as `Outputs.view_features`, without any logits."""
-    row, device = _pack(group), _device(model)
-    ids, positions, blocks = (torch.tensor([values], device=device) for values in (row.ids, row.positions, row.blocks))
-    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": _block_mask(blocks, _dtype(model))}
-    hidden = _decoder(model)(**inputs, use_cache=False).last_hidden_state
-    return _pool(hidden.flatten(0, 1), [view[1:] for view in row.predicting])
+    row = _pack([group])
+    return _pool(_hidden(model, _inputs(model, row)), [view[1:] for view in row.predicting])
 
 
 LAYOUTS: dict[str, Layout] = {"packed": packed, "padded": padded}
@@ -207,32 +206,53 @@ LAYOUTS: dict[str, Layout] = {"packed": packed, "padded": padded}
 class _Row:
     ids: list[int]
     positions: list[int]
-    blocks: list[int]
-    predicting: list[list[int]]  # for each view, the places whose hidden states predict its tokens
+    prompts: list[range]  # the places of each group's prompt
+    views: list[list[Span]]  # of each group: the places of its views
+    predicting: list[list[int]]  # for each view of all groups, the places whose hidden states predict its tokens
 
 
-def _pack(group: Group) -> _Row:
-    """Prompt, then the views. The last token of a view (EOS) is predicted and never fed."""
-    start = len(group.prompt)
-    row = _Row(list(group.prompt), list(range(start)), [0] * start, [])
-    for block, response in enumerate(group.responses, 1):
-        fed, place = len(response.ids) - 1, len(row.ids)
-        row.ids.extend(response.ids[:-1])
-        row.positions.extend(range(start, start + fed))
-        row.blocks.extend([block] * fed)
-        row.predicting.append([start - 1, *range(place, place + fed)])
+def _pack(groups: Sequence[Group]) -> _Row:
+    """Prompt and views of one group after another. The last token of a view (EOS) is predicted and never fed."""
+    row = _Row([], [], [], [], [])
+    for group in groups:
+        start, length = len(row.ids), len(group.prompt)
+        row.ids.extend(group.prompt)
+        row.positions.extend(range(length))
+        row.prompts.append(range(start, start + length))
+        row.views.append([])
+        for response in group.responses:
+            fed, place = len(response.ids) - 1, len(row.ids)
+            row.ids.extend(response.ids[:-1])
+            row.positions.extend(range(length, length + fed))
+            row.views[-1].append(Span(place, fed))
+            row.predicting.append([start + length - 1, *range(place, place + fed)])
     return row
 
 
-def _block_mask(blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask (B, 1, N, N): a token sees what stands before it in the prompt and in its own view, padding only itself."""
-    places = torch.arange(blocks.shape[1], device=blocks.device)
-    before = places[:, None] >= places[None, :]  # (N, N)
-    own = blocks[:, :, None] == blocks[:, None, :]  # (B, N, N)
-    prompt = (blocks == 0)[:, None, :] & (blocks >= 0)[:, :, None]
-    itself = places[:, None] == places[None, :]  # a row of nothing but -inf would be NaN
-    seen = (before & (own | prompt)) | itself
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+def _inputs(model: nn.Module, row: _Row) -> dict[str, Any]:
+    """What the student is fed; who sees whom as blocks, or as a dense mask for an attention that knows no blocks."""
+    device, dtype = _device(model), _dtype(model)
+    inputs: dict[str, Any] = {
+        "input_ids": torch.tensor([row.ids], device=device),
+        "position_ids": torch.tensor([row.positions], device=device),
+    }
+    if understands(_causal(model)):
+        prompts = [Span(prompt.start, len(prompt)) for prompt in row.prompts]
+        # a mask that no attention but ours can use: one that passed the blocks over would fail and not mix the views
+        return {**inputs, "blocks": blocks(prompts, row.views, device, dtype), "attention_mask": torch.empty(1, 1, 0, 0, device=device)}
+    return {**inputs, "attention_mask": _dense_mask(row, device, dtype)}
+
+
+def _dense_mask(row: _Row, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Additive mask (1, 1, N, N): a token sees what stands before it in its prompt and in its own view."""
+    seen = torch.zeros(len(row.ids), len(row.ids), dtype=torch.bool, device=device)
+    for prompt, views in zip(row.prompts, row.views, strict=True):
+        seen[prompt.start : prompt.stop, prompt.start : prompt.stop] = True
+        for view in views:
+            own = slice(view.start, view.start + view.length)
+            seen[own, prompt.start : prompt.stop] = True
+            seen[own, own] = True
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen.tril(), torch.finfo(dtype).min)[None, None]
 
 
 def _run(
@@ -252,38 +272,80 @@ def _run(
         responses = [Response(r.ids[slice(*r.answer)], (0, r.answer[1] - r.answer[0])) for r in responses]
     places = torch.tensor([place for view in where for place in view], device=device)
     targets = torch.tensor([token for response in responses for token in response.ids], device=device)
-    logits, hidden = _forward_rows(model, inputs, places)  # (R, V), (B * N, H)
+    hidden = _hidden(model, inputs)  # (B * N, H)
+    states, head = hidden.index_select(0, places), _head(model)  # (R, H)
     starts = [0]
     for response in responses:
         starts.append(starts[-1] + len(response.ids))
     lengths = torch.tensor([len(response.ids) for response in responses], device=device)
     mask = torch.arange(int(lengths.max()), device=device)[None, :] < lengths[:, None]  # (S, T)
-    flat = token_nll(logits, targets)
+    flat = _rows_nll(model, states, targets, head)
     nll = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
     spans = tuple((start + r.answer[0], start + r.answer[1]) for start, r in zip(starts, responses, strict=False))
     answer_ce = torch.stack([flat[start:end].mean() for start, end in spans])
-    return Outputs(nll, mask, logits, spans, answer_ce, _pool(hidden, prompts), _pool(hidden, views))
+    return Outputs(nll, mask, states, head, spans, answer_ce, _pool(hidden.detach(), prompts), _pool(hidden.detach(), views))
 
 
-def _forward_rows(model: nn.Module, inputs: Mapping[str, Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits at these flat places only, and all last hidden states.
+def _hidden(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """All last hidden states, (B * N, H)."""
+    return _causal(model).get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
-    The model's own head runs, on the gathered rows: what an architecture does between hidden states and logits (Gemma 2 caps them,
-    Granite scales them) needs no knowledge here, and logits of unsupervised rows never exist.
+
+def _head(model: nn.Module) -> Head:
+    """The model itself from its last hidden states on: (R, H) -> (R, V).
+
+    What an architecture does between hidden states and logits (Gemma 2 caps them, Granite scales them) needs no knowledge here.
     """
-    hidden: list[Tensor] = []
+    causal = _causal(model)
+    decoder, kind = causal.get_decoder(), _device(model).type
+    precision = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))  # as in the pass itself
 
-    def gather(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden.append(output.last_hidden_state.flatten(0, 1))  # (B, N, H) -> (B * N, H)
-        output.last_hidden_state = hidden[0][places][None]  # (1, R, H)
-        return output
+    def head(states: Tensor) -> Tensor:
+        nothing = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+        decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=states[None])
+        try:
+            with precision():
+                return causal(input_ids=nothing, use_cache=False).logits[0]
+        finally:
+            del decoder.forward
 
-    handle = _decoder(model).register_forward_hook(gather)
-    try:
-        logits = model(**inputs, use_cache=False).logits[0]
-    finally:
-        handle.remove()
-    return logits, hidden[0].detach()
+    return head
+
+
+def _rows_nll(model: nn.Module, states: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """-log p of each target, (R,), with no more logits at a time than `LOGITS` where the head does not learn."""
+    if torch.is_grad_enabled() and not _is_frozen(model):
+        return token_nll(head(states), targets)
+    return _ChunkedNll.apply(states, targets, head, max(1, LOGITS // _causal(model).config.vocab_size))
+
+
+class _ChunkedNll(torch.autograd.Function):
+    """A row's loss depends on that row alone, so its gradient is known up to a factor as soon as its logits are: that is kept, (R, H), and
+    never the logits, (R, V), fifty times as large."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, targets: Tensor, head: Head, rows: int) -> Tensor:
+        learns, losses, slopes = ctx.needs_input_grad[0], [], []
+        for own, wanted in zip(states.split(rows), targets.split(rows), strict=True):
+            with torch.set_grad_enabled(learns):
+                own = own.detach().requires_grad_(learns)
+                loss = token_nll(head(own), wanted)
+                slopes += torch.autograd.grad(loss.sum(), own) if learns else ()
+            losses.append(loss.detach())
+        ctx.save_for_backward(*([torch.cat(slopes)] if slopes else []))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return (gradient[:, None] * slopes).to(slopes.dtype), None, None, None
+
+
+def _is_frozen(model: nn.Module) -> bool:
+    """Whether nothing learns between the last hidden states and the logits."""
+    causal = _causal(model)
+    within = {id(p) for p in causal.get_decoder().parameters()} - {id(p) for p in causal.get_output_embeddings().parameters()}
+    return not any(p.requires_grad and id(p) not in within for p in causal.parameters())
 
 
 def _pool(hidden: Tensor, segments: Sequence[Sequence[int]]) -> Tensor:
@@ -294,12 +356,10 @@ def _pool(hidden: Tensor, segments: Sequence[Sequence[int]]) -> Tensor:
     return weights @ hidden.float()
 
 
-def _decoder(model: Any) -> nn.Module:
-    """The stack of layers below the language-model head, through PEFT and DDP wrappers."""
+def _causal(model: Any) -> Any:
+    """The model with its language-model head, out of PEFT's and DDP's wrappers."""
     model = getattr(model, "module", model)
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return model.get_decoder()
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -27,6 +27,7 @@ from mind.methods.base import Method, Setup
 from mind.records import Example
 from mind.students.loading import ADAPTER, LoadedStudent, add_adapter, put_adapter, read_adapter
 from mind.training import checkpoint
+from mind.training.adapter import fuse
 from mind.training.layout import LAYOUTS, Encoded, Group, Outputs
 from mind.training.peers import Peers
 
@@ -106,7 +107,9 @@ def make_tunable(model: Any, student: config.Student, training: config.Training)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if student.tuning == "full":
             return model.float().requires_grad_(True)
-        return add_adapter(model, student.lora)
+        adapted = add_adapter(model, student.lora)
+        fuse(adapted)
+        return adapted
 
 
 def encode_all(

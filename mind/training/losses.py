@@ -7,6 +7,8 @@ Everything is float32 and in nats, whatever the model's dtype. Divergences carry
 from __future__ import annotations
 
 import math
+from itertools import combinations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +37,14 @@ def span_logprobs(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 def jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Jensen-Shannon divergence of log-distributions (..., A, V), mean over the A positions -> (...); 0 <= JSD <= ln 2."""
+    left, right = _jsd_terms(log_p, log_q)
+    return (left + right).sum(dim=-1).mean(dim=-1)
+
+
+def _jsd_terms(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """p / 2 * log(p / m) and q / 2 * log(q / m), m = (p + q) / 2: what JSD is the sum of, and its slopes in log p and in log q."""
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    left = (log_p.exp() * (log_p - log_m)).sum(dim=-1)
-    right = (log_q.exp() * (log_q - log_m)).sum(dim=-1)
-    return (0.5 * (left + right)).mean(dim=-1)
+    return 0.5 * log_p.exp() * (log_p - log_m), 0.5 * log_q.exp() * (log_q - log_m)
 
 
 def symmetric_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -47,9 +53,28 @@ def symmetric_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def pairwise_consistency(log_p: Tensor, alpha: Tensor) -> Tensor:
-    """sum over i < j of alpha_i * alpha_j * JSD(P_i || P_j) (method, section 4): (S, A, V), (S,) -> scalar."""
-    i, j = torch.triu_indices(len(alpha), len(alpha), offset=1, device=alpha.device)
-    return (alpha[i] * alpha[j] * jsd(log_p[i], log_p[j])).sum()
+    """sum over i < j of alpha_i * alpha_j * JSD(P_i || P_j) (method, section 4): (S, A, V), (S,) -> scalar. Gradient into log_p only."""
+    return _PairwiseConsistency.apply(log_p, alpha)
+
+
+class _PairwiseConsistency(torch.autograd.Function):
+    """The slopes add up to the value, so both are found pair by pair: autograd would keep a dozen tensors (S (S - 1) / 2, A, V)."""
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, alpha: Tensor) -> Tensor:
+        slopes = torch.zeros_like(log_p)
+        for i, j in combinations(range(len(log_p)), 2):
+            left, right = _jsd_terms(log_p[i], log_p[j])
+            weight = alpha[i] * alpha[j] / log_p.shape[1]
+            slopes[i].add_(weight * left)
+            slopes[j].add_(weight * right)
+        ctx.save_for_backward(slopes)
+        return slopes.sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (slopes,) = ctx.saved_tensors
+        return gradient * slopes, None
 
 
 def listnet_kl(scores: Tensor, losses: Tensor, present: Tensor, tau: float) -> Tensor:
