@@ -110,6 +110,14 @@ def test_each_answer_is_reported_once(tokenizer: Any) -> None:
     assert [seen[index] for index in range(len(ids))] == result
 
 
+@pytest.mark.parametrize("make", [lambda: ending(tiny.model()), lambda: ending(sliding())])
+def test_what_is_under_way_is_told_at_every_step(make: Any, tokenizer: Any) -> None:
+    told: list[float] = []
+    done = generate(make(), tokenizer, prompts(6), max_new_tokens=TOKENS, batch_tokens=WHOLE, on_step=told.append)
+    assert told[0] <= 6 / TOKENS and max(told) <= 6
+    assert len(told) >= max(completion.tokens for completion in done)
+
+
 def test_nothing_asked_nothing_answered(tokenizer: Any) -> None:
     assert generate(tiny.model(), tokenizer, [], max_new_tokens=TOKENS, batch_tokens=WHOLE) == []
 
