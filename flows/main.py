@@ -37,14 +37,17 @@ def may_pass_by_itself(_task: Task[..., Any], _run: TaskRun, state: State[Any]) 
     return isinstance(error, PassingError) or (isinstance(error, StageError) and error.exit_code == EXIT_PASSING)
 
 
-@task(
-    retries=3,
-    retry_delay_seconds=[10, 60, 300],
-    retry_jitter_factor=0.3,
-    retry_condition_fn=may_pass_by_itself,
-    cache_policy=NO_CACHE,
-    task_run_name="{target}",
-)
+PATIENT: dict[str, Any] = {
+    "retries": 3,
+    "retry_delay_seconds": [10, 60, 300],
+    "retry_jitter_factor": 0.3,
+    "retry_condition_fn": may_pass_by_itself,
+    "cache_policy": NO_CACHE,
+}
+"""A task that is tried again; what is done already it knows from the workspace, not from Prefect."""
+
+
+@task(**PATIENT, task_run_name="{target}")
 def bring_up_to_date(workspace: Path, target: str, force: bool = False) -> State[None]:
     """One stage of the workspace, by content: runs, is restored from DVC's cache, or has nothing to do.
 

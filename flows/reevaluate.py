@@ -12,27 +12,18 @@ from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows import shown
-from flows.main import may_pass_by_itself
+from flows.main import PATIENT
 from mind import memory, reevaluation, versioning
 from mind.config import Config, load_config
 from mind.reevaluation import Pending, Result
 from mind.workspace import Workspace
 
 
-@task(
-    retries=3,
-    retry_delay_seconds=[10, 60, 300],
-    retry_jitter_factor=0.3,
-    retry_condition_fn=may_pass_by_itself,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    task_run_name="{pair}",
-)
+@task(**PATIENT, task_run_name="{pair}")
 def measure(workspace: Path, config: Config, pair: Pending) -> Result:
     """One student on one benchmark; its result is on the student's MLflow run before this returns."""
     try:

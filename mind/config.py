@@ -409,6 +409,7 @@ class Run(Settings):
     variants: tuple[Name, ...] = ("base", "mind")
     reference: Name = "base"
     parallel: Parallel = Parallel()
+    share: bool = False  # outputs go to DVC's default remote as they are made, and what another machine made comes from there
 
 
 class Tracking(Settings):

@@ -54,13 +54,14 @@ def bring_up_to_date(workspace: Workspace, target: str, *, force: bool = False, 
     Raises:
         StageError: the stage failed (its own message went to stderr), with its exit code.
         DataError: an input is missing.
-        PassingError: another process works on the same folders.
+        PassingError: another process works on the same folders; with run.share, the DVC remote does not answer.
     """
     from dvc.exceptions import DvcException, ReproductionError
     from dvc.lock import LockError
     from dvc.stage.exceptions import StageCmdFailedError
 
     with _repo(workspace) as repo, tempfile.TemporaryDirectory() as folder:
+        share = bool(settings.read_params(workspace.params).get("run", {}).get("share"))
         trace = Path(folder) / "ran"
         # an idle thread spins for some ten microseconds, the time between two small operations, and sleeps then: for ever costs others
         # their cores, never at all makes training 1.5 times slower (docs/log.md)
@@ -69,7 +70,7 @@ def bring_up_to_date(workspace: Workspace, target: str, *, force: bool = False, 
         with environment({**own, **(variables or {})}):
             try:
                 with _ending_with_us(trace):
-                    changed = repo.reproduce(targets=[target], single_item=True, force=force)
+                    changed = repo.reproduce(targets=[target], single_item=True, force=force, pull=share)
             except ReproductionError as error:
                 cause = error.__cause__
                 if isinstance(cause, StageCmdFailedError):
@@ -83,8 +84,20 @@ def bring_up_to_date(workspace: Workspace, target: str, *, force: bool = False, 
                 raise _busy(workspace, error) from None
             except DvcException as error:
                 raise DataError(f"stage {target}: {error}", do="see `mind doctor`") from None
+        if share:
+            _push(repo, target)
         state = "ran" if trace.exists() else "restored" if changed else "up to date"
         return Outcome(target, state)
+
+
+def _push(repo: Any, target: str) -> None:
+    """A stage's outputs, and what they were made from, to the default remote; what is there already is not sent again."""
+    try:
+        repo.push(targets=[target], run_cache=True)
+    except Exception as error:  # of any of DVC's storage libraries
+        raise PassingError(
+            f"{target} is done, but could not be pushed: {error}", do="`dvc push` says more; run again, or set run.share: false"
+        ) from error
 
 
 def stage_targets(variants: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mind import versioning
-from mind.errors import ConfigError, DataError, StageError
+from mind.errors import ConfigError, DataError, PassingError, StageError
 from mind.workspace import Workspace
 
 STAGE = """import os, pathlib, sys
@@ -154,6 +154,20 @@ def test_what_was_pushed_comes_back_where_nothing_was_made(workspace: Workspace,
     dvc(workspace.root, "pull", "--run-cache", "--allow-missing")
     assert versioning.bring_up_to_date(workspace, "snapshot").state == "up to date"
     assert content(workspace) == wanted
+
+
+def test_what_one_machine_made_another_restores(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> None:
+    (workspace.root / "params.yaml").write_text(PARAMS.replace("run: {", "run: {share: true, "))
+    store, other = tmp_path_factory.mktemp("store"), tmp_path_factory.mktemp("other") / "clone"
+    dvc(workspace.root, "remote", "add", "--default", "team", str(store))
+    shutil.copytree(workspace.root, other, ignore=shutil.ignore_patterns("cache", "tmp"))
+    assert versioning.bring_up_to_date(workspace, "snapshot").state == "ran"
+    assert versioning.bring_up_to_date(Workspace(other), "snapshot").state == "restored"
+    assert content(Workspace(other)) == content(workspace)
+    shutil.rmtree(store)
+    store.write_text("no folder")
+    with pytest.raises(PassingError, match="snapshot is done, but could not be pushed"):
+        versioning.bring_up_to_date(workspace, "snapshot")
 
 
 def test_a_settled_line_is_known_and_so_is_what_unsettles_it(workspace: Workspace) -> None:
