@@ -23,8 +23,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from mind import outputs, versioning  # noqa: E402
 from mind.records import PERSPECTIVES  # noqa: E402
+from mind.teacher.cache import ReplyCache  # noqa: E402
 from mind.workspace import Workspace  # noqa: E402
 from tests import workspaces  # noqa: E402
 
@@ -143,29 +146,52 @@ def flow_seconds(api: str) -> float:
 # ----------------------------------------------------------------------- kills
 
 
-def kills(folder: Path, points: int) -> None:
+def kills(folder: Path, points: int, stages: Sequence[str]) -> None:
     """Every stage, killed at random points: its output must be that of the unkilled run, training's history with it."""
-    whole, seed = make(folder / "whole"), random.Random(7)
-    workspaces.settings(whole.root, {"training": {"epochs": 8, "checkpoint_steps": 3}, "evaluation": {"limit": 24, "max_new_tokens": 32}})
-    lengths = {}
-    for target in TARGETS:
-        started = time.perf_counter()
-        versioning.bring_up_to_date(whole, target)
-        lengths[target] = time.perf_counter() - started
-    for target in TARGETS:
-        wanted, resumed = workspaces.digest(whole, target), 0.0
-        for point in range(points):
-            workspace = Workspace(folder / "killed")
-            shutil.rmtree(workspace.root, ignore_errors=True)
-            shutil.copytree(whole.root, workspace.root, symlinks=True)
-            workspaces.forget(workspace, target)
-            share = seed.random()
-            died = workspaces.kill(workspace, target, share, after=share * lengths[target] if target == "snapshot" else 60)
+    narrow, wide = make(folder / "narrow"), make(folder / "wide")
+    asked = {"limit": 24, "max_new_tokens": 32, "batch_tokens": 1024}  # in many batches: one can be killed between two
+    workspaces.settings(narrow.root, {"training": {"epochs": 16, "checkpoint_steps": 3}, "evaluation": asked})
+    workspaces.settings(wide.root, {"synthesis": {"limit": None}})  # 1,944 calls: long enough to be killed in the middle
+    jobs = []
+    for whole, line, own in ((wide, TARGETS[:2], TARGETS[:2]), (narrow, TARGETS, TARGETS[2:])):
+        wanted = [target for target in own if target in stages]
+        for target in line if wanted else ():
             started = time.perf_counter()
-            versioning.bring_up_to_date(workspace, target, force=True)
-            resumed += time.perf_counter() - started
-            row("killed", stage=target, point=point, at=died or "ended before", same=workspaces.digest(workspace, target) == wanted)
-        row("resumed", stage=target, whole_seconds=lengths[target], mean_seconds=resumed / points)
+            versioning.bring_up_to_date(whole, target)
+            if target in wanted:
+                jobs.append((whole, target, points, time.perf_counter() - started))
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:  # not timed: side by side
+        for done in [pool.submit(killed, *job) for job in jobs]:
+            done.result()
+
+
+def killed(whole: Workspace, target: str, points: int, length: float) -> None:
+    """One stage of copies of a finished workspace. `length`: the seconds that it took there."""
+    shares, wanted, asked = random.Random(target), workspaces.digest(whole, target), requests(whole)
+    stage, alike, early, resumed, twice = target.replace("@", "-"), 0, 0, 0.0, []
+    for point in range(points):
+        workspace = Workspace(whole.root.with_name(f"{stage}-{point}"))
+        shutil.copytree(whole.root, workspace.root, symlinks=True)
+        workspaces.forget(workspace, target)
+        share = shares.random()
+        died = workspaces.kill(workspace, target, share, after=share * length if target == "snapshot" else 60)
+        started = time.perf_counter()
+        versioning.bring_up_to_date(workspace, target, force=True)
+        resumed += time.perf_counter() - started
+        same, early = workspaces.digest(workspace, target) == wanted, early + (not died)
+        alike += same
+        if target == "synthesize":
+            twice.append(requests(workspace) - asked)
+        row("killed", stage=target, point=point, at=died or "ended before", same=same)
+        shutil.rmtree(workspace.root)
+    bought = {"bought_twice": twice} if twice else {}
+    row("all of it", stage=target, points=points, ended_before=early, same=alike, mean_seconds_to_the_end=resumed / points, **bought)
+
+
+def requests(workspace: Workspace) -> int:
+    """Calls that the teacher of a workspace was paid for, and whose replies are kept."""
+    with ReplyCache(workspace.replies) as cache:
+        return cache.spent().requests
 
 
 # ----------------------------------------------------------------------- scale
@@ -232,11 +258,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(sections), help="sections, separated by commas")
     parser.add_argument("--points", type=int, default=10, help="kills of each stage")
+    parser.add_argument("--stages", default=",".join(TARGETS), help="which are killed")
     args = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "true"}
     for name in args.only.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            sections[name](Path(folder) / name, *([args.points] if name == "kills" else []))
+            sections[name](Path(folder) / name, *([args.points, args.stages.split(",")] if name == "kills" else []))
 
 
 if __name__ == "__main__":

@@ -68,15 +68,16 @@ def forget(workspace: Workspace, target: str) -> None:
 
 
 def kill(workspace: Workspace, target: str, share: float, after: float = 60.0) -> str:
-    """Run a stage and kill -9 it when its bar has passed `share`, or `after` seconds; where that was ("" when it ended before)."""
+    """Run a stage and kill -9 it when its own bar has passed `share`, or `after` seconds; where that was ("" when it ended before)."""
     place: list[str] = []
     ended = threading.Event()
 
     def watch(told: Path) -> None:
         began = time.monotonic()
         while not ended.wait(0.002):
-            done, total = told.read_text().split(" ")[:2] if told.exists() else ("0", "0")
-            if (int(total) and int(done) / int(total) > share) or time.monotonic() - began > after:
+            done, total, label = told.read_text().split(" ")[:3] if told.exists() else ("0", "0", "")
+            passed = label == target.partition("@")[0] and int(done) / int(total) > share
+            if passed or time.monotonic() - began > after:
                 for process in psutil.Process().children(recursive=True):
                     if "mind.stages" in process.cmdline():
                         process.kill()
