@@ -1,16 +1,21 @@
 """The training step beside TRL's SFTTrainer: supervised tokens a second, peak memory, and whether the losses are the same.
 
     python bench/train.py --student FOLDER [--questions 12] [--repeats 5] [--tuning lora] [--dtype float32] [--rivals]
+    python bench/train.py --only scale [--sizes 500,20000,200000]
 
-Every measurement is a process of its own, the systems take turns, and medians over the repeats are printed; the first steps of each
-process are not timed. All get the same token ids: the full starter set's questions, each with its eight views, in the same order.
-`--rivals` makes an environment with TRL in the user's cache folder. Without it only mind's own layouts run.
+Every measurement is a process of its own, the systems take turns, and medians over the repeats are printed; the first step of each
+process is not timed. All get the same token ids: the full starter set's questions, each with its eight views, in the same order, and
+one question to a step. `--rivals` makes an environment with TRL in the user's cache folder. Without it only mind's own layouts run.
+
+"Share" is the work that a step has to do (every token once through the student, forward and back), over the time it took, over the rate
+of a large matrix product measured in the same run: the work that padding and repeated prompts add counts for nothing.
 
     trl-padded, trl-grouped, trl-packed   SFTTrainer on the views as rows of their own; eight to a step, or packed to 512 positions
     padded                                mind's oracle: a view is a row
     packed                                mind's layout: a question is a row; uniform weights (method without_fusion)
     mind-all                              MIND on that layout with every view in the gradient: what MetaNet and consistency cost
     mind                                  MIND as params.yaml has it (refresh 1): all eight losses, selection, consistency
+    scale                                 datasets of several sizes and a tiny student: start-up, memory, questions a second, checkpoints
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,11 +36,13 @@ from pathlib import Path
 from typing import Any
 
 TRL = ("trl==1.16.0", "torch==2.13.0", "transformers==5.23.0", "peft==0.21.0")
-ENVIRONMENT = Path(os.environ.get("MIND_CACHE_DIR", Path.home() / ".cache" / "mind")) / "bench" / "trl"
+ENVIRONMENT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mind" / "bench" / "trl"
 RIVALS = ("trl-padded", "trl-grouped", "trl-packed")
 OWN = ("padded", "packed", "mind-all", "mind")
-WARM = 2  # steps of a process that are not timed
+WARM = 1  # steps of a process that are not timed
 VIEWS = 8
+STEPS = 200  # of a run at scale
+LOOKED_AT = 4_000  # questions: before its first step MIND looks at all of them, so larger datasets are measured without
 
 
 # ------------------------------------------------------------------- workers: one system in one process
@@ -124,9 +132,66 @@ def trl(job: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": [b - a for a, b in zip(marks[::2], marks[1::2], strict=True)], "loss": losses}
 
 
+def at_scale(job: dict[str, Any]) -> dict[str, Any]:
+    """The start and the first steps of a training on `job["dataset"]`; a second call finds its questions tokenised."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from mind import config
+    from mind.methods import table
+    from mind.records import Example, Rows
+    from mind.students.loading import LoadedStudent
+    from mind.training import loop
+    from mind.versioning import version_of
+
+    class Enough(Exception):
+        pass
+
+    tokenizer = AutoTokenizer.from_pretrained(job["student"])
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    student = LoadedStudent(LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)), tokenizer, "tiny")
+    settings = config.validate(
+        {"variants": {"x": job["options"]}, "run": {"variants": ["x"], "reference": "x"}, "training": {"log_steps": 1}}
+    )
+    marks: list[float] = []
+    memory: list[float] = []
+    begin, started = loop._Run.begin, time.perf_counter()
+
+    def starting(run: Any, *args: Any) -> None:
+        marks.append(time.perf_counter() - started)
+        begin(run, *args)
+        memory.append(resident())
+        marks.append(time.perf_counter())
+
+    def stepped(values: Any, step: int) -> None:
+        if step == STEPS:
+            marks.append(time.perf_counter())
+            raise Enough
+
+    loop._Run.begin = starting  # type: ignore[method-assign]
+    folder = Path(job["folder"])
+    places = {"checkpoints": folder / "checkpoints", "encoded": folder / "encoded"}
+    try:
+        version_of(folder / "dataset")  # the stage asks for it too
+        examples = Rows(folder / "dataset" / "train.jsonl", Example)
+        loop.train(student, settings.variant("x"), examples, table.build, log=stepped, **places)
+    except Enough:
+        memory.append(resident())
+    checkpoints = [path.stat().st_size for path in places["checkpoints"].glob("*.pt")]
+    shutil.rmtree(places["checkpoints"])
+    return {"start": marks[0], "rate": STEPS / (marks[2] - marks[1]), "memory": memory, "checkpoint": max(checkpoints)}
+
+
+def resident() -> float:
+    """MB of this process in memory."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmRSS"].split()[0]) / 1024
+
+
 def work(path: Path) -> None:
     job = json.loads(path.read_text(encoding="utf-8"))
-    found = trl(job) if job["system"] in RIVALS else own(job)
+    found = at_scale(job) if job["system"] == "scale" else trl(job) if job["system"] in RIVALS else own(job)
     found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     try:
         import torch
@@ -193,8 +258,9 @@ def matmul_rate(dtype: str) -> float:
 def measure(system: str, job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
-        path.write_text(json.dumps({**job, "system": system, "folder": folder}), encoding="utf-8")
+        path.write_text(json.dumps({"folder": folder, **job, "system": system}), encoding="utf-8")
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment.setdefault("GOMP_SPINCOUNT", "20000")  # as in mind's stages, for all
         command = [interpreter(system), str(Path(__file__).resolve()), "--work", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
         if done.returncode:
@@ -211,10 +277,14 @@ def main() -> None:
     parser.add_argument("--tuning", choices=["lora", "full"], default="lora")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rivals", action="store_true")
-    parser.add_argument("--only", help="systems, separated by commas")
+    parser.add_argument("--only", help="systems, separated by commas; or scale")
+    parser.add_argument("--sizes", default="500,20000,200000", help="questions, for scale")
     args = parser.parse_args()
     if args.work:
         work(args.work)
+        return
+    if args.only == "scale":
+        print(scale(args.student, [int(size) for size in args.sizes.split(",")]))
         return
     examples, (folder, ids) = data(args.student, args.questions)
     job = {"student": folder, "examples": examples, "ids": ids, "tuning": args.tuning, "dtype": args.dtype}
@@ -223,13 +293,15 @@ def main() -> None:
         interpreter(system)
     tokens = sum(len(view) for _, views in ids for view in views)
     found: dict[str, list[dict[str, Any]]] = {system: [] for system in systems}
+    peak, flops = 0.0, necessary(folder, ids, args.tuning)
     for repeat in range(args.repeats):
         for system in systems:
+            peak = max(peak, matmul_rate(args.dtype))
             found[system].append(measure(system, job))
             print(
                 f"repeat {repeat + 1}/{args.repeats}  {system}: {rate(found[system][-1], tokens):.1f} tokens/s", file=sys.stderr, flush=True
             )
-    print(report(found, tokens, ids, args))
+    print(report(found, tokens, ids, args, peak, flops))
 
 
 def rate(one: dict[str, Any], tokens: int) -> float:
@@ -238,24 +310,78 @@ def rate(one: dict[str, Any], tokens: int) -> float:
     return tokens * (len(seconds) - WARM) / len(seconds) / sum(seconds[WARM:])
 
 
-def report(found: dict[str, list[dict[str, Any]]], tokens: int, ids: list[Any], args: argparse.Namespace) -> str:
+def necessary(folder: str, ids: list[Any], tuning: str) -> float:
+    """GFLOP of all questions' steps in matrix products: each token once, a multiplication and an addition a weight and direction.
+
+    Directions: forward, back to the activations, and for weights that learn to them. Attention and adapters are left out (6 % here).
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.get_decoder().layers.parameters())
+    fed = sum(len(prompt) + sum(len(view) - 1 for view in views) for prompt, views in ids)
+    supervised = sum(len(view) for _, views in ids for view in views)
+    return 2 * (2 if tuning == "lora" else 3) * (body * fed + head * supervised) / 1e9
+
+
+def scale(student: str, sizes: list[int]) -> str:
+    """Datasets of these sizes: eight short views a question."""
+
+    from mind import config
+    from mind.records import PERSPECTIVES
+    from mind.students.loading import find_student
+
+    folder, _ = find_student(config.Student(name=student))
+    lines = [
+        "| questions | method | start-up, s | again, tokens cached, s | questions/s | memory at the start, MB | after 200 steps, MB | checkpoint, MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as place:
+            (Path(place) / "dataset").mkdir()
+            with (Path(place) / "dataset" / "train.jsonl").open("w", encoding="utf-8") as file:
+                for i in range(size):
+                    views = {name: f"{i} and {k} make {i + k}. " * (1 + k % 3) for k, name in enumerate(PERSPECTIVES)}
+                    row = {"id": str(i), "question": f"What is {i} plus 1?", "answer": str(i + 1), "difficulty": 0, "views": views}
+                    file.write(json.dumps(row) + "\n")
+            for options in ({"method": "without_fusion"}, {"method": "mind", "refresh": 2})[: 1 if size > LOOKED_AT else 2]:
+                job = {"student": str(folder), "folder": place, "options": options}
+                first, again = measure("scale", job), measure("scale", job)
+                shutil.rmtree(Path(place) / "encoded")
+                values = (first["start"], again["start"], again["rate"], *again["memory"], again["checkpoint"] / 1e6)
+                lines.append(f"| {size:,} | {options['method']} | " + " | ".join(f"{value:,.1f}" for value in values) + " |")
+                print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+def report(found: dict[str, list[dict[str, Any]]], tokens: int, ids: list[Any], args: argparse.Namespace, peak: float, flops: float) -> str:
     from importlib.metadata import version
 
-    peak = matmul_rate(args.dtype)
     rates = {system: statistics.median(rate(one, tokens) for one in runs) for system, runs in found.items()}
     best = max((rates[system] for system in RIVALS if system in rates), default=None)
     lines = [
-        f"{len(ids)} questions x {VIEWS} views, {tokens} supervised tokens; {args.tuning}, {args.dtype}; medians of {args.repeats}",
+        f"{len(ids)} questions x {VIEWS} views, {tokens} supervised tokens; {args.tuning}, {args.dtype}; medians of {args.repeats}, "
+        f"{WARM} step of each process not timed",
         f"{platform.machine()}, {os.cpu_count()} cores; torch {version('torch')}, transformers {version('transformers')}; "
         f"matrix product 1024^3: {peak:.0f} GFLOP/s",
         "",
-        "| system | supervised tokens/s | against TRL's best | peak memory, MB | first loss |",
-        "|---|---|---|---|---|",
+        "| system | supervised tokens/s | least to most | against TRL's best | share of the machine | peak memory, MB | first loss |",
+        "|---|---|---|---|---|---|---|",
     ]
     for system, runs in found.items():
         ratio = f"{rates[system] / best:.2f}" if best else ""
         memory = statistics.median(one["peak_mb"] for one in runs)
-        lines.append(f"| {system} | {rates[system]:.1f} | {ratio} | {memory:,.0f} | {runs[0]['loss'][0]:.4f} |")
+        spread = sorted(rate(one, tokens) for one in runs)
+        share = (
+            "" if system == "mind" else f"{rates[system] / tokens * flops / peak:.0%}"
+        )  # the views it leaves out of the gradient are no work
+        lines.append(
+            f"| {system} | {rates[system]:.1f} | {spread[0]:.1f} to {spread[-1]:.1f} | {ratio} | {share} | {memory:,.0f} | "
+            f"{runs[0]['loss'][0]:.4f} |"
+        )
     return "\n".join(lines)
 
 

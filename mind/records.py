@@ -6,9 +6,10 @@ Question -> (teacher) -> Rationale -> (judge, snapshot) -> Example -> (distil, e
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import BinaryIO, Literal, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -127,6 +128,7 @@ class Prediction(Record):
 
 
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
 
 
 def read_jsonl(path: Path, kind: type[R]) -> Iterator[R]:
@@ -135,25 +137,84 @@ def read_jsonl(path: Path, kind: type[R]) -> Iterator[R]:
     Raises:
         DataError: the file is missing, or a row is malformed (names the line and the field).
     """
+    with _opened(path, kind) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _parsed(path, number, line, kind)
+
+
+class Rows(Sequence[R]):
+    """The rows of a JSON Lines file, each read when it is asked for: what stands in memory does not grow with the rows' size.
+
+    Raises:
+        DataError: as `read_jsonl`; a malformed row when it is read.
+    """
+
+    def __init__(self, path: Path, kind: type[R]) -> None:
+        self._path, self._kind = path, kind
+        self._numbers, self._starts = array("q"), array("q")
+        self._file = _opened(path, kind)
+        place = 0
+        for number, line in enumerate(self._file, 1):
+            if line.strip():
+                self._numbers.append(number)
+                self._starts.append(place)
+            place += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, place: int) -> R: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[R]: ...
+    def __getitem__(self, place: int | slice) -> R | Sequence[R]:
+        if isinstance(place, slice):
+            return Subset(self, range(len(self))[place])
+        self._file.seek(self._starts[place])
+        return _parsed(self._path, self._numbers[place], self._file.readline(), self._kind)
+
+
+class Subset(Sequence[T]):
+    """The items at some places of a sequence, each taken when it is asked for."""
+
+    def __init__(self, whole: Sequence[T], places: Sequence[int]) -> None:
+        self._whole, self._places = whole, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> T: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[T]: ...
+    def __getitem__(self, place: int | slice) -> T | Sequence[T]:
+        if isinstance(place, slice):
+            return Subset(self._whole, self._places[place])
+        return self._whole[self._places[place]]
+
+
+def _opened(path: Path, kind: type[R]) -> BinaryIO:
     try:
-        lines = path.open(encoding="utf-8")
+        return path.open("rb")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", wanted=f"a JSON Lines file of {kind.__name__} rows") from None
-    with lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield kind.model_validate(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})",
-                    wanted="one JSON object a line",
-                ) from None
-            except ValidationError as error:
-                faults = "; ".join(f"field '{'.'.join(map(str, e['loc'])) or '(row)'}': {e['msg']}" for e in error.errors())
-                known = ", ".join(kind.model_fields)
-                raise DataError(f"{path}, line {number}: {faults}", wanted=f"the fields {known}") from None
+
+
+def _parsed(path: Path, number: int, line: bytes, kind: type[R]) -> R:
+    try:
+        return kind.model_validate(json.loads(line))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason})", wanted="one JSON object a line") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})",
+            wanted="one JSON object a line",
+        ) from None
+    except ValidationError as error:
+        faults = "; ".join(f"field '{'.'.join(map(str, e['loc'])) or '(row)'}': {e['msg']}" for e in error.errors())
+        known = ", ".join(kind.model_fields)
+        raise DataError(f"{path}, line {number}: {faults}", wanted=f"the fields {known}") from None
 
 
 def read_questions(path: Path) -> list[Question]:

@@ -83,6 +83,10 @@ class Workspace:
         """A training that several variants share."""
         return self.caches / "trained" / identity
 
+    def encoded(self, identity: str) -> Path:
+        """A tokenised dataset; it may be deleted."""
+        return self.caches / "encoded" / identity
+
     def partial_predictions(self, identity: str) -> Path:
         return self.caches / "predictions" / identity
 

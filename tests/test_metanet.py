@@ -71,8 +71,11 @@ def test_permuting_views_with_their_embeddings_and_heads_permutes_the_scores() -
 def test_standardised_features_do_not_depend_on_the_units_of_the_hidden_states() -> None:
     questions, views, present = batch()
     plain, scaled = net(), net()
-    plain.standardise(questions, views, present)
-    scaled.standardise(100 * questions + 5, 100 * views - 7, present)
+    parts = [[values[:1] for values in batch()], [values[1:] for values in batch()]]
+    plain.standardise(lambda: [(questions, views, present)])
+    scaled.standardise(lambda: [(100 * q + 5, 100 * v - 7, there) for q, v, there in parts])
+    torch.testing.assert_close(plain.center[1], views[present].mean(dim=0))
+    torch.testing.assert_close(plain.scale[1], views[present].std(dim=0, correction=0))
     torch.testing.assert_close(
         scaled(100 * questions + 5, 100 * views - 7, present), plain(questions, views, present), atol=1e-5, rtol=1e-4
     )

@@ -29,12 +29,14 @@ from mind.training.peers import Peers
 class Setup:
     """What a method may know before training starts."""
 
-    questions: int
+    questions: int  # of `examples`
     width: int  # of the student's hidden states
     batch_questions: int  # questions to one forward pass
     step_questions: int  # questions to one step of the student
     seed: int
     peers: Peers = field(default_factory=Peers)  # the processes that train together
+    examples: Sequence[Example] = ()
+    folder: Path | None = None  # for what is too large for a checkpoint; where that is kept, and gone when training has ended
 
 
 @dataclass
@@ -71,6 +73,14 @@ class Method:
     def examples(cls, options: Any, examples: Sequence[Example], seed: int) -> Sequence[Example]:
         """Those of the dataset that the method may train on."""
         return examples
+
+    encoded: ClassVar[type[Encoded]] = Encoded
+    """What `encode` makes of a question."""
+
+    @classmethod
+    def encoding(cls, options: Any, seed: int) -> Mapping[str, Any]:
+        """What decides what `encode` makes: variants for which this is equal share the tokenised dataset."""
+        return {**options.model_dump(mode="json"), "seed": seed}
 
     mixes: ClassVar[bool] = False
     """The student is what `conclude` makes of all stages' results, not what the last stage left."""
@@ -109,6 +119,9 @@ class Method:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: tensors, numbers, and dicts and lists of them."""
         return {}
+
+    def saved(self) -> None:
+        """The state that `state_dict` gave lies safely on disk."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""

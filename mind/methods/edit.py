@@ -75,6 +75,7 @@ class Edit(Method):
         "the second stage goes on with the same adapter at 1/40 of the learning rate; the NLL that is capped is the shifted one."
     )
     options: config.Edit
+    encoded = Pair
 
     @classmethod
     def stages(cls, settings: config.Resolved) -> tuple[Stage, ...]:

@@ -5,8 +5,12 @@ Letters: Q questions, K perspectives, H width of the student, W width of the net
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
+
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]]
 
 
 class MetaNet(nn.Module):
@@ -33,11 +37,10 @@ class MetaNet(nn.Module):
         self.register_buffer("center", torch.zeros(2, features))
         self.register_buffer("scale", torch.ones(2, features))
 
-    def standardise(self, questions: Tensor, views: Tensor, present: Tensor) -> None:
-        """Fix centre and scale of the features: (N, H), (N, K, H), (N, K)."""
-        for row, values in enumerate((questions, views[present])):
-            self.center[row] = values.mean(dim=0)
-            self.scale[row] = values.std(dim=0, correction=0).clamp_min(1e-6)
+    def standardise(self, batches: Batches) -> None:
+        """Fix centre and scale of the features, which come in batches and twice: (Q, H), (Q, K, H), (Q, K) each."""
+        self.center.copy_(_means(batches, torch.zeros_like(self.center, dtype=torch.float64), power=1))
+        self.scale.copy_(_means(batches, self.center.double(), power=2).sqrt().clamp_min(1e-6))
 
     def forward(self, questions: Tensor, views: Tensor, present: Tensor) -> Tensor:
         """Scores in (0, 1), 0 for absent views: (Q, H), (Q, K, H), (Q, K) bool -> (Q, K). At least one view of a question is present."""
@@ -50,3 +53,13 @@ class MetaNet(nn.Module):
         tokens = self.norm(tokens)
         logits = torch.cat([head(tokens[:, k]) for k, head in enumerate(self.heads)], dim=1)  # (Q, K)
         return torch.sigmoid(logits).masked_fill(~present, 0.0)
+
+
+def _means(batches: Batches, center: Tensor, power: int) -> Tensor:
+    """Mean of (x - center) ** power over the questions and over the views present: (2, H)."""
+    sums, counts = torch.zeros_like(center), torch.zeros(2, 1, dtype=torch.float64)
+    for questions, views, present in batches():
+        for row, values in enumerate((questions, views[present])):
+            sums[row] += ((values.double() - center[row]) ** power).sum(dim=0)
+            counts[row] += len(values)
+    return sums / counts

@@ -18,9 +18,10 @@ from torch import Tensor
 from mind import config, progress
 from mind.encoder import load_encoder
 from mind.methods.base import Method, Setup, Terms
+from mind.methods.features import Features
 from mind.methods.inertia import Inertia
 from mind.methods.metanet import MetaNet
-from mind.records import PERSPECTIVES, Example
+from mind.records import PERSPECTIVES
 from mind.training.layout import Encoded, Forward, Outputs
 from mind.training.losses import listnet_kl, masked_log_softmax, pairwise_consistency
 from mind.training.peers import Peers
@@ -28,6 +29,9 @@ from mind.training.peers import Peers
 WHOLE_PASS_SHARE = 0.5
 """Below this share of selected tokens, a forward pass without gradient over all views plus one with gradient over the selected ones
 costs less than one with gradient over all (a backward pass through frozen weights costs about a forward pass)."""
+
+PORTION = 1024
+"""Questions whose features are in memory at a time."""
 
 
 def select_views(scores: Tensor, present: Tensor, beta: float) -> Tensor:
@@ -44,14 +48,13 @@ def view_weights(scores: Tensor, selected: Tensor, tau: float) -> Tensor:
 class Memory:
     """What is known of every view from its last run: filtered and instant loss, features, and how often its question was visited."""
 
-    def __init__(self, questions: int, width: int, options: config.Mind) -> None:
-        views = len(PERSPECTIVES)
+    def __init__(self, setup: Setup, width: int, options: config.Mind) -> None:
+        questions, views = setup.questions, len(PERSPECTIVES)
         self.feedback = options.feedback
         self.own_features = options.metanet.features == "student"
         self.inertia = Inertia(questions, views, options.inertia)
         self.instant = torch.full((questions, views), float("nan"))
-        self.question_features = torch.zeros(questions, width)
-        self.view_features = torch.zeros(questions, views, width)
+        self.features = Features(questions, views, width, setup.folder, setup.peers)
         self.visits = torch.zeros(questions, dtype=torch.long)
         self.changed: set[int] = set()  # questions that other processes have not heard of yet
 
@@ -68,31 +71,35 @@ class Memory:
         self.inertia.update(rows, losses, seen)
         self.instant[rows] = torch.where(seen, losses, self.instant[rows])
         if self.own_features:
-            self.question_features[rows] = outputs.prompt_features.cpu()
-            self.view_features[rows[q], k] = outputs.view_features.cpu()
+            views = iter(outputs.view_features.cpu())
+            for question, own, features in zip(questions, names, outputs.prompt_features.cpu(), strict=True):
+                self.describe(question.index, features, {name: next(views) for name in own})
 
     def describe(self, row: int, question: Tensor, views: Mapping[str, Tensor]) -> None:
-        """Features that are not the student's: of a question (H,) and of its views (H,) each."""
-        self.question_features[row] = question
-        for name, features in views.items():
-            self.view_features[row, PERSPECTIVES.index(name)] = features
+        """Features of a question (H,) and of some of its views (H,) each."""
+        self.features.put(row, question, {PERSPECTIVES.index(name): features for name, features in views.items()})
 
     def exchange(self, peers: Peers) -> None:
         """Every process learns what the others have seen since the last time."""
         rows = torch.tensor(sorted(self.changed), dtype=torch.long)
         self.changed.clear()
         if peers.count > 1:
-            for theirs, values in peers.gather((rows, {name: value[rows] for name, value in self.state_dict().items()})):
-                for name, value in self.state_dict().items():
+            own = {name: value[rows] for name, value in self._losses().items()}
+            features = self.features.changes(rows.tolist())
+            for theirs, values, described in peers.gather((rows, own, features)):
+                for name, value in self._losses().items():
                     value[theirs] = values[name]
+                self.features.adopt(described)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        own = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return {**own, "filtered": self.inertia.filtered}
+    def _losses(self) -> dict[str, Tensor]:
+        return {"filtered": self.inertia.filtered, "instant": self.instant, "visits": self.visits}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.inertia.filtered = state["filtered"]
-        vars(self).update({name: value for name, value in state.items() if name != "filtered"})
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._losses(), "features": self.features.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.inertia.filtered, self.instant, self.visits = (state[name] for name in self._losses())
+        self.features.load_state_dict(state["features"])
 
 
 @dataclass(frozen=True)
@@ -121,45 +128,46 @@ class Mind(Method):
         super().__init__(options, setup)
         net = options.metanet
         self.encoder = load_encoder(net.encoder) if net.features == "sbert" else None
-        self.texts: list[tuple[int, str, Mapping[str, str]]] = []  # for the encoder
         width = self.encoder.width if self.encoder else setup.width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(setup.seed)
             self.net = MetaNet(width, len(PERSPECTIVES), width=net.width, heads=net.heads, self_attention=options.self_attention)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=net.learning_rate)
-        self.memory = Memory(setup.questions, width, options)
+        self.memory = Memory(setup, width, options)
         self.setup = setup
         self.pending = 0  # questions whose gradient MetaNet has gathered since its last step
         self.student_steps = 0
         self.share = 1.0  # of the tokens that the selected views had lately
 
-    def encode(self, tokenizer: Any, example: Example, index: int) -> Encoded:
-        if self.encoder:
-            self.texts.append((index, example.question, example.views))
-        return super().encode(tokenizer, example, index)
+    @classmethod
+    def encoding(cls, options: config.Mind, seed: int) -> Mapping[str, Any]:
+        return {"views": list(PERSPECTIVES)}  # as without_fusion on all views
 
     # ---- warm-up: only MetaNet learns, on the untouched student's losses
 
     def prepare(self, questions: Sequence[Encoded], forward: Forward) -> None:
-        self._describe()
         size, own = self.setup.batch_questions, self.setup.peers.share(questions)
+        self.memory.features.clear()
         with progress.bar("warm-up", len(own), "questions") as bar:
             for start in range(0, len(own), size):
-                self._look(own[start : start + size], forward, gradient=False)
-                bar.advance(len(own[start : start + size]))
+                batch = list(own[start : start + size])
+                self._look(batch, forward, gradient=False)
+                self._describe(batch)
+                bar.advance(len(batch))
+        self.memory.features.begin()
         self.memory.exchange(self.setup.peers)
-        rows = torch.tensor([question.index for question in questions])
+        rows = (~self.memory.inertia.filtered.isnan()).any(dim=1).nonzero().flatten()  # all questions that are trained on
         self.memory.visits[rows] = 1
-        self.net.standardise(*self._features(rows))
+        self.net.standardise(lambda: (self._features(part) for part in rows.split(PORTION)))
         self._warm_up(rows)
 
-    def _describe(self) -> None:
+    def _describe(self, questions: Sequence[Encoded]) -> None:
         """Features of a frozen sentence encoder, where these are wanted: made once, they never change."""
         if self.encoder:
-            for index, question, views in self.texts:
-                first, *others = self.encoder.encode([question, *views.values()])
-                self.memory.describe(index, first, dict(zip(views, others, strict=True)))
-        self.texts.clear()
+            for question in questions:
+                example = self.setup.examples[question.index]
+                first, *others = self.encoder.encode([example.question, *example.views.values()])
+                self.memory.describe(question.index, first, dict(zip(example.views, others, strict=True)))
 
     def _warm_up(self, rows: Tensor) -> None:
         """Epochs over the remembered features and losses, with as many questions to a step as in joint training."""
@@ -174,7 +182,7 @@ class Mind(Method):
 
     def _features(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         present = ~self.memory.inertia.filtered[rows].isnan()
-        return self.memory.question_features[rows], self.memory.view_features[rows], present
+        return *self.memory.features.rows(rows), present
 
     def _score(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """MetaNet's scores (Q, K) and its loss (Q,) against the filtered losses, both with gradient."""
@@ -305,6 +313,9 @@ class Mind(Method):
         return [parameter.grad for parameter in self.net.parameters() if parameter.grad is not None]
 
     # ---- resume
+
+    def saved(self) -> None:
+        self.memory.features.saved()
 
     def state_dict(self) -> dict[str, Any]:
         self._bring_together()

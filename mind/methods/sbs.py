@@ -40,6 +40,7 @@ class Sbs(Drawing):
         "user turn; labels are the gold answers. The student answers directly, without reasoning; (explain) asks the other task."
     )
     options: config.Sbs
+    encoded = Tasks
 
     @classmethod
     def prompt(cls, options: config.Sbs, question: Question | Example) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from heapq import nsmallest
 
 from mind import config
 from mind.methods.base import Method, Stage
 from mind.outputs import digest_bytes
-from mind.records import PERSPECTIVES, Example
+from mind.records import PERSPECTIVES, Example, Subset
 
 
 def held_out(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     """`count` questions for `mode` to weigh its experts on: those with the most views, drawn by seed and id alone."""
-    return sorted(examples, key=lambda e: (-len(e.views), digest_bytes(str(seed).encode(), b"held out", e.id.encode())))[:count]
+    if not count:
+        return []
+    return nsmallest(count, examples, key=lambda e: (-len(e.views), digest_bytes(str(seed).encode(), b"held out", e.id.encode())))
 
 
 class Single(Method):
@@ -26,7 +29,7 @@ class Single(Method):
     @classmethod
     def examples(cls, options: config.Single, examples: Sequence[Example], seed: int) -> Sequence[Example]:
         apart = {example.id for example in held_out(examples, options.hold_out, seed)}
-        return [example for example in examples if example.id not in apart]
+        return Subset(examples, [place for place, example in enumerate(examples) if example.id not in apart]) if apart else examples
 
     def select(self, example: Example) -> Mapping[str, str]:
         name = self.options.perspective

@@ -6,6 +6,7 @@ No MetaNet, no selection, no consistency.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from mind import config
 from mind.methods.base import Method
@@ -17,6 +18,10 @@ class WithoutFusion(Method):
 
     caption = "MIND without fusion: uniform fine-tuning on all views, or on the fixed ones that the variant names."
     options: config.WithoutFusion
+
+    @classmethod
+    def encoding(cls, options: Any, seed: int) -> Mapping[str, Any]:
+        return {"views": list(options.views)}
 
     def select(self, example: Example) -> Mapping[str, str]:
         return {name: text for name, text in example.views.items() if name in self.options.views}

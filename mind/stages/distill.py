@@ -23,7 +23,7 @@ from mind.config import Config, Resolved, flatten
 from mind.methods import table
 from mind.methods.base import Stage
 from mind.progress import console
-from mind.records import Example, read_jsonl
+from mind.records import Example, Rows
 from mind.students.loading import MODEL, LoadedStudent, find_student, load_student, save_student
 from mind.training.loop import Log, Trained, train
 from mind.training.peers import Peers, launch, launched
@@ -52,7 +52,7 @@ def run(config: Config, workspace: Workspace, variant: str | None) -> None:
         launch(settings.training.processes, "-m", "mind.stages", "distill", "--variant", variant)
         return
     outputs.read_manifest(workspace.dataset)
-    examples = list(read_jsonl(workspace.dataset / "train.jsonl", Example))
+    examples = Rows(workspace.dataset / "train.jsonl", Example)
     dataset = version_of(workspace.dataset)
     _, identity = find_student(settings.student)
     resolved = settings.model_dump(mode="json")
@@ -209,12 +209,20 @@ class _Making:
         settings = memory.frugal(stage.settings)
         examples = table.method_class(settings.method.method).examples(settings.method, self.examples, settings.seed)
         student = self._student(start)
-        trained = train(student, settings, examples, table.build, log=log, checkpoints=checkpoints, start=start)
+        trained = train(
+            student, settings, examples, table.build, log=log, checkpoints=checkpoints, start=start, encoded=self._encoded(settings)
+        )
         if self.peers.first:
             with outputs.stage_output(folder) as partial:
                 save_student(student, settings.student, partial)
                 (partial / TRAINED).write_text(json.dumps(asdict(trained)), encoding="utf-8")
         self.peers.gather(None)  # nobody reads before it is written
+
+    def _encoded(self, settings: Resolved) -> Path:
+        """Where the dataset lies as this method's tokens, by all that decides them."""
+        method, options = table.method_class(settings.method.method), settings.training
+        decided = [dict(method.encoding(settings.method, settings.seed)), outputs.digest_code(*CODE), options.max_tokens, options.too_long]
+        return self.workspace.encoded(outputs.digest_json([dict(self.origin), *decided]))
 
     def _student(self, start: Path | None) -> LoadedStudent:
         """The untouched one; fully tuned weights of an earlier stage in their place."""

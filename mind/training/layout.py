@@ -141,12 +141,17 @@ def encode_example(tokenizer: Any, example: Example, views: Mapping[str, str], i
     tail = _tail(tokenizer, example.answer)
     asked = prompt or student_prompt(example.question, example.kind, example.choices)
     ids = student_ids(tokenizer, asked)
-    return Encoded(index, example.id, tuple(ids), {name: _response(tokenizer, body, tail) for name, body in views.items()})
+    bodies = tokenizer([body.strip() for body in views.values()], add_special_tokens=False)["input_ids"] if views else []
+    return Encoded(index, example.id, tuple(ids), {name: _ended(own, tail) for name, own in zip(views, bodies, strict=True)})
 
 
 def _response(tokenizer: Any, body: str, tail: tuple[list[int], list[int], list[int]]) -> Response:
+    return _ended(_ids(tokenizer, body.strip()), tail)
+
+
+def _ended(body: Sequence[int], tail: tuple[list[int], list[int], list[int]]) -> Response:
     lead, value, end = tail
-    before = [*_ids(tokenizer, body.strip()), *lead]
+    before = [*body, *lead]
     return Response((*before, *value, *end), (len(before), len(before) + len(value)))
 
 
@@ -325,7 +330,9 @@ class _ChunkedNll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, targets: Tensor, head: Head, rows: int) -> Tensor:
-        learns, losses, slopes = ctx.needs_input_grad[0], [], []
+        learns = ctx.needs_input_grad[0]
+        losses: list[Tensor] = []
+        slopes: list[Tensor] = []
         for own, wanted in zip(states.split(rows), targets.split(rows), strict=True):
             with torch.set_grad_enabled(learns):
                 own = own.detach().requires_grad_(learns)

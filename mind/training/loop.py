@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import warnings
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,12 +23,13 @@ import torch
 from accelerate import Accelerator
 
 from mind import config, memory, progress
-from mind.errors import DataError, MindError
+from mind.errors import MindError
 from mind.methods.base import Method, Setup
 from mind.records import Example
 from mind.students.loading import ADAPTER, LoadedStudent, add_adapter, put_adapter, read_adapter
 from mind.training import checkpoint
 from mind.training.adapter import fuse
+from mind.training.corpus import Corpus, encode_all, encode_to, open_corpus
 from mind.training.layout import LAYOUTS, Encoded, Group, Outputs
 from mind.training.peers import Peers
 
@@ -60,12 +62,14 @@ def train(
     log: Log = lambda values, step: None,
     checkpoints: Path | None = None,
     start: Path | None = None,
+    encoded: Path | None = None,
 ) -> Trained:
     """Train `student` in place; tuned by LoRA, its model becomes a PEFT model.
 
     Args:
         build: options and setup -> method; see methods.table.
         start: the folder of an earlier training whose adapter goes on learning; None: a fresh one (full tuning: `student` is that student).
+        encoded: a folder for the tokenised questions, named by all that decides them; None keeps them in memory.
         checkpoints: a folder for the state of this run and no other; None keeps no state.
 
     Raises:
@@ -88,15 +92,20 @@ def train(
         step_questions=options.questions_per_step * options.accumulation,
         seed=settings.seed,
         peers=peers,
+        examples=examples,
+        folder=checkpoints,
     )
     method = build(settings.method, setup)
-    questions, left_out = encode_all(student.tokenizer, method, examples, _limit(student.model, options), options.too_long)
-    run = _Run(accelerator.device, peers, student.model, method, questions, settings)
+    work = student.tokenizer, method, examples, _limit(student.model, options), options.too_long
+    if encoded and peers.first:
+        encode_to(encoded, *work)
+    peers.gather(None)  # nobody reads before it is written
+    corpus = open_corpus(encoded, method) if encoded else encode_all(*work)
+    run = _Run(accelerator.device, peers, student.model, method, corpus, settings)
     run.begin(checkpoints)
     with progress.bar(f"distill {settings.name}", *((options.tokens, "tokens") if options.tokens else (run.total, "steps"))) as bar:
         run.go(bar, log, checkpoints)
-    views = sum(len(question.views) for question in questions)
-    return Trained(run.history, run.step, run.tokens, len(questions), views, left_out, run.seconds)
+    return Trained(run.history, run.step, run.tokens, len(corpus.questions), corpus.summary.views, corpus.left_out, run.seconds)
 
 
 def make_tunable(model: Any, student: config.Student, training: config.Training) -> Any:
@@ -112,32 +121,6 @@ def make_tunable(model: Any, student: config.Student, training: config.Training)
         return adapted
 
 
-def encode_all(
-    tokenizer: Any, method: Method, examples: Sequence[Example], limit: int, too_long: str
-) -> tuple[list[Encoded], dict[str, int]]:
-    """The questions that the method trains on, and how many views and questions were left out.
-
-    Raises:
-        DataError: a prompt with a view is longer than `limit` and `too_long` is 'refuse'; or nothing is left.
-    """
-    questions, views = [], 0
-    for index, example in enumerate(examples):
-        whole = method.encode(tokenizer, example, index)
-        kept = whole.up_to(limit)
-        if len(kept.views) < len(whole.views) and too_long == "refuse":
-            raise DataError(
-                f"question '{example.id}' has {whole.longest} tokens with its longest view",
-                wanted=f"at most {limit} (training.max_tokens, or the student's own limit)",
-                do="raise training.max_tokens, or set training.too_long: drop",
-            )
-        views += len(whole.views) - len(kept.views)
-        if kept.views:
-            questions.append(kept)
-    if not questions:
-        raise DataError(f"none of {len(examples)} questions has a view to train on", wanted="at least one", do="look into the dataset")
-    return questions, {"views": views, "questions": len(examples) - len(questions)}
-
-
 def _limit(model: Any, options: config.Training) -> int:
     own = getattr(model.config, "max_position_embeddings", None) or options.max_tokens
     window = getattr(model.config, "sliding_window", None) or own  # inside its window, a sliding layer is a plain one
@@ -150,13 +133,12 @@ def _limit(model: Any, options: config.Training) -> int:
 class _Run:
     """The state of one training run and how it moves on."""
 
-    def __init__(
-        self, device: torch.device, peers: Peers, model: Any, method: Method, questions: Sequence[Encoded], settings: config.Resolved
-    ) -> None:
-        self.peers, self.model, self.method, self.questions = peers, model, method, questions
+    def __init__(self, device: torch.device, peers: Peers, model: Any, method: Method, corpus: Corpus, settings: config.Resolved) -> None:
+        self.peers, self.model, self.method, self.questions, self.summary = peers, model, method, corpus.questions, corpus.summary
         self.options, self.seed = settings.training, settings.seed
         self.step_questions = self.options.questions_per_step * self.options.accumulation
-        self.per_epoch = math.ceil(len(questions) / self.step_questions)
+        self.per_epoch = math.ceil(len(self.questions) / self.step_questions)
+        self.order: tuple[int, Sequence[int]] = (-1, ())  # an epoch, and which question it visits when
         self.total = self.per_epoch * self.options.epochs
         self.unit = self._unit()
         self.learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -183,8 +165,7 @@ class _Run:
         """Share of the run that a step takes; for a budget of tokens, at most."""
         if not self.options.tokens:
             return 1 / self.total
-        tokens = sum(len(view.ids) for question in self.questions for view in question.views.values())
-        return min(1.0, self.step_questions * tokens / len(self.questions) / self.options.tokens)
+        return min(1.0, self.step_questions * self.summary.tokens / len(self.questions) / self.options.tokens)
 
     def forward(self, groups: Sequence[Group], *, answers_only: bool = False) -> Outputs:
         with self.precision():
@@ -261,10 +242,11 @@ class _Run:
     def _batch(self, step: int) -> list[Encoded]:
         """The questions of a step: every epoch has its own order, which the seed alone decides."""
         epoch, place = divmod(step, self.per_epoch)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.questions), generator=generator)
-        own = order[place * self.step_questions : (place + 1) * self.step_questions]
-        return [self.questions[i] for i in own.tolist()]
+        if self.order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.order = epoch, array("q", torch.randperm(len(self.questions), generator=generator).tolist())
+        own = self.order[1][place * self.step_questions : (place + 1) * self.step_questions]
+        return [self.questions[i] for i in own]
 
     def _log(self, log: Log, tokens_per_second: float) -> None:
         values = self.meter.take()
@@ -277,6 +259,7 @@ class _Run:
             if self.peers.first:
                 checkpoint.save(folder, self.step, state)
             self.peers.gather(None)  # nobody reads before it is written
+            self.method.saved()
 
     def state_dict(self) -> dict[str, Any]:
         return {
