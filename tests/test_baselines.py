@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mind import config
-from mind.errors import ConfigError
+from mind.errors import ConfigError, DataError
 from mind.methods.base import Method, Setup, Terms
 from mind.methods.edit import CORRECT, MISTAKEN, Edit, Pair, edit_marks
 from mind.methods.mcc import Mcc, jaccard, pick_diverse
@@ -280,6 +280,11 @@ def test_experts_are_the_single_students_and_their_support_is_trained_on_by_none
     assert stages[0] == Single.stages(resolved(config.Single(perspective="formal_symbolic", hold_out=2)))[0].__class__(
         "formal_symbolic", resolved(config.Single(perspective="formal_symbolic", hold_out=2)), fresh=True, shared=True
     )
+
+
+def test_experts_without_a_question_to_train_on_are_refused() -> None:
+    with pytest.raises(DataError, match="all of 5 questions are held out"):
+        Single.examples(config.Single(perspective="socratic", hold_out=5), tiny.examples(5), seed=17)
 
 
 @pytest.mark.parametrize("mode", ["lorahub", "exact"])

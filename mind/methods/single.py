@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from heapq import nsmallest
 
 from mind import config
+from mind.errors import DataError
 from mind.methods.base import Method, Stage
 from mind.outputs import digest_bytes
 from mind.records import PERSPECTIVES, Example, Subset
@@ -28,6 +29,12 @@ class Single(Method):
 
     @classmethod
     def examples(cls, options: config.Single, examples: Sequence[Example], seed: int) -> Sequence[Example]:
+        if 0 < len(examples) <= options.hold_out:
+            raise DataError(
+                f"all of {len(examples)} questions are held out for `mode` to weigh its experts on ({options.hold_out} are wanted)",
+                wanted="questions to train on",
+                do="a larger dataset, or a smaller `support` of `mode` (`hold_out` of `single`)",
+            )
         apart = {example.id for example in held_out(examples, options.hold_out, seed)}
         return Subset(examples, [place for place, example in enumerate(examples) if example.id not in apart]) if apart else examples
 
