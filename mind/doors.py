@@ -92,7 +92,8 @@ def summary(workspace: Workspace, config: Config) -> None:
     console.print(f"dataset   {versioning.version_of(workspace.dataset)}")
     reports = os.path.relpath(workspace.reports)
     console.print(f"pictures  in {reports}: comparison.png{latent}, VARIANT/*.png", soft_wrap=True)
-    console.print(f"runs      {escape(tracking.ui_hint(workspace, config.tracking))}   (then open http://127.0.0.1:5000)")
+    then = "   (then open http://127.0.0.1:5000)" if tracking.database_of(workspace, config.tracking) else ""
+    console.print(f"runs      {escape(tracking.ui_hint(workspace, config.tracking))}{then}")
 
 
 def stage(workspace: Workspace, name: str, variant: str | None = None, *, force: bool = False) -> None:

@@ -20,7 +20,7 @@ POOLS = {"primer": "primer-train.jsonl", "full": "train.jsonl"}
 TESTS = {"primer": "primer-test.jsonl", "math": "test-math.jsonl", "choice": "test-choice.jsonl", "yesno": "test-yesno.jsonl"}
 """data/benchmarks/NAME.jsonl <- the package's held-out tests."""
 
-IGNORED = "/data\n/rationales\n/dataset\n/students/\n/reports/\n/.mind/\n/mlflow/\n/.prefect/\n"
+IGNORED = "/data\n/rationales\n/dataset\n/students/\n/reports/\n/.mind/\n/mlflow/\n/.prefect/\n/dvc_plots/\n"
 CODE = "code.yaml"
 
 
@@ -62,7 +62,8 @@ def make(
     (folder / "prefect.yaml").write_bytes((resources.files("mind.starter") / "prefect.yaml").read_bytes())
     (folder / ".gitignore").write_text(IGNORED, encoding="utf-8")
     _init_dvc(folder)
-    console.print(f"workspace {folder}: look at params.yaml, then `cd {folder} && mind run`")
+    enter = "" if folder.resolve() == Path.cwd() else f"cd {folder} && "
+    console.print(f"workspace {folder}: look at params.yaml, then `{enter}mind run`")
     if questions and not base_url:
         console.print("the embedded teacher knows only the starter corpus: set teacher.base_url and teacher.model for your own questions")
 

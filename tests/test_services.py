@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -69,7 +70,7 @@ class Up:
 def start(workspace: Workspace) -> Up:
     command = [sys.executable, "-m", "mind.cli", "up", "--prefect-port", "0", "--mlflow-port", "0"]
     process = subprocess.Popen(command, cwd=workspace.root, stderr=subprocess.PIPE, text=True)
-    killer = threading.Timer(120, process.kill)
+    killer = threading.Timer(300, process.kill)
     killer.start()
     assert process.stderr is not None
     said = ""
@@ -79,6 +80,33 @@ def start(workspace: Workspace) -> Up:
             break
     killer.cancel()
     return Up(workspace, process, said)
+
+
+FAR = """name: mind
+deployments:
+  - name: far
+    entrypoint: flows.main.mind
+    work_pool: {{name: far, job_variables: {{working_dir: {folder}}}}}
+    pull:
+      - prefect.deployments.steps.git_clone: {{repository: {repository}, branch: main, clone_directory_name: work}}
+      - prefect.deployments.steps.set_working_directory: {{directory: work}}
+      - prefect.deployments.steps.run_shell_script: {{script: dvc pull --run-cache --allow-missing}}
+"""
+
+
+def published(workspace: Workspace, folder: Path) -> Path:
+    """The workspace as a team has it: what is not data in a git repository, data in a DVC remote of that repository."""
+    for kept in (".dvc", "benchmarks"):
+        (folder / "team" / kept).mkdir(parents=True)
+    for name in ("params.yaml", "dvc.yaml", "dvc.lock", "data.dvc", "code.yaml", ".gitignore", "benchmarks/README.md"):
+        shutil.copy(workspace.root / name, folder / "team" / name)
+    (folder / "team" / ".dvc" / "config").write_text(f"[core]\n    remote = team\n['remote \"team\"']\n    url = {folder / 'store'}\n")
+    for command in ("init -q -b main", "add -A", "-c user.name=us -c user.email=us@example.org commit -q -m line"):
+        subprocess.run(["git", *command.split()], cwd=folder / "team", check=True)
+    config = workspace.root / ".dvc" / "config.local"
+    config.write_text(f"['remote \"team\"']\n    url = {folder / 'store'}\n")
+    subprocess.run([sys.executable, "-m", "dvc", "push", "-q", "--run-cache", "--remote", "team"], cwd=workspace.root, check=True)
+    return folder / "team"
 
 
 def flow_run(up: Up, done: subprocess.CompletedProcess[str]) -> Any:
@@ -144,6 +172,25 @@ def test_a_benchmark_that_is_dropped_is_measured_by_the_next_scheduled_run(up: U
     assert done.returncode == 0, done.stdout + done.stderr
     assert "dozens" in up.prefect("artifact", "inspect", "reevaluation").stdout
     assert flow_run(up, done).state.message == "1 of 1 measured"
+
+
+def test_a_worker_that_knows_only_the_server_clones_pulls_and_runs(up: Up, tmp_path: Path) -> None:
+    repository, clean = published(up.workspace, tmp_path), tmp_path / "clean"
+    clean.mkdir()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    known = {"PREFECT_API_URL": up.api, "HOME": str(clean), "PATH": path, "DO_NOT_TRACK": "true", "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    start = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "far", "--type", "process", "--run-once"]
+    (tmp_path / "far.yaml").write_text(FAR.format(folder=clean, repository=repository))
+    assert up.prefect("work-pool", "create", "far", "--type", "process").returncode == 0
+    told = up.prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(tmp_path / "far.yaml"))
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert up.prefect("deployment", "run", "mind/far").returncode == 0
+    worker = subprocess.run(start, cwd=clean, env=known, capture_output=True, text=True, timeout=200)
+    said = worker.stdout + worker.stderr
+    assert [line.partition("Task run ")[2].partition("(")[0] for line in said.splitlines() if "Task run" in line] == [
+        f"'{stage}' - Finished in state Cached" for stage in ("synthesize", "snapshot", "distill@base", "evaluate@base")
+    ], said
+    assert (clean / "work" / "reports" / "base" / "metrics.json").exists()
 
 
 def test_a_parameter_of_a_wrong_type_is_refused_at_once(up: Up) -> None:
