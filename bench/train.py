@@ -8,7 +8,8 @@ process is not timed. All get the same token ids: the full starter set's questio
 one question to a step. `--rivals` makes an environment with TRL in the user's cache folder. Without it only mind's own layouts run.
 
 "Share" is the work that a step has to do (every token once through the student, forward and back), over the time it took, over the rate
-of a large matrix product measured in the same run: the work that padding and repeated prompts add counts for nothing.
+of a large matrix product measured in the same run: the work that padding and repeated prompts add counts for nothing. CPU seconds
+are there for a machine that other programs use: run with OMP_NUM_THREADS=1 then, so that waiting threads count for nothing.
 
     trl-padded, trl-grouped, trl-packed   SFTTrainer on the views as rows of their own; eight to a step, or packed to 512 positions
     padded                                mind's oracle: a view is a row
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +67,11 @@ def own(job: dict[str, Any]) -> dict[str, Any]:
     settings = config.validate(
         {"student": student, "training": training, "variants": {"x": options}, "run": {"variants": ["x"], "reference": "x"}}
     )
-    marks: list[float] = []
+    marks: list[tuple[float, float]] = []
     begin = loop._Run.go
 
     def timed(run: Any, *args: Any) -> None:
-        marks.append(time.perf_counter())
+        marks.append(now())
         begin(run, *args)
 
     loop._Run.go = timed  # type: ignore[method-assign]
@@ -79,9 +81,20 @@ def own(job: dict[str, Any]) -> dict[str, Any]:
         settings.variant("x"),
         examples,
         table.build,
-        log=lambda values, step: marks.append(time.perf_counter()),
+        log=lambda values, step: marks.append(now()),
     )
-    return {"seconds": [b - a for a, b in itertools.pairwise(marks)], "loss": [row["train/sft"] for row in done.history]}
+    return {**between(itertools.pairwise(marks)), "loss": [row["train/sft"] for row in done.history]}
+
+
+def now() -> tuple[float, float]:
+    """Wall and CPU seconds, of all threads."""
+    return time.perf_counter(), time.process_time()
+
+
+def between(pairs: Iterable[tuple[tuple[float, float], tuple[float, float]]]) -> dict[str, list[float]]:
+    """Wall and CPU seconds of each step."""
+    steps = [(after[0] - before[0], after[1] - before[1]) for before, after in pairs]
+    return {"seconds": [wall for wall, _ in steps], "cpu": [cpu for _, cpu in steps]}
 
 
 def trl(job: dict[str, Any]) -> dict[str, Any]:
@@ -92,14 +105,14 @@ def trl(job: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    marks: list[float] = []
+    marks: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            marks.append(time.perf_counter())
+            marks.append(now())
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            marks.append(time.perf_counter())
+            marks.append(now())
 
     packed = job["system"] == "trl-packed"
     rows = [{"input_ids": p + v, "completion_mask": [0] * len(p) + [1] * len(v)} for p, views in job["ids"] for v in views]
@@ -129,7 +142,7 @@ def trl(job: dict[str, Any]) -> dict[str, Any]:
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"seconds": [b - a for a, b in zip(marks[::2], marks[1::2], strict=True)], "loss": losses}
+    return {**between(zip(marks[::2], marks[1::2], strict=True)), "loss": losses}
 
 
 def at_scale(job: dict[str, Any]) -> dict[str, Any]:
@@ -298,15 +311,19 @@ def main() -> None:
         for system in systems:
             peak = max(peak, matmul_rate(args.dtype))
             found[system].append(measure(system, job))
+            one = found[system][-1]
             print(
-                f"repeat {repeat + 1}/{args.repeats}  {system}: {rate(found[system][-1], tokens):.1f} tokens/s", file=sys.stderr, flush=True
+                f"repeat {repeat + 1}/{args.repeats}  {system}: {rate(one, tokens):.1f} tokens/s, {rate(one, tokens, 'cpu'):.1f} a CPU second, "
+                f"{one['peak_mb']:,.0f} MB, loss {one['loss'][0]:.4f}",
+                file=sys.stderr,
+                flush=True,
             )
     print(report(found, tokens, ids, args, peak, flops))
 
 
-def rate(one: dict[str, Any], tokens: int) -> float:
-    """Supervised tokens a second over the timed steps."""
-    seconds = one["seconds"]
+def rate(one: dict[str, Any], tokens: int, clock: str = "seconds") -> float:
+    """Supervised tokens a second over the timed steps; by the clock `cpu`, a CPU second."""
+    seconds = one[clock]
     return tokens * (len(seconds) - WARM) / len(seconds) / sum(seconds[WARM:])
 
 
@@ -361,25 +378,27 @@ def report(found: dict[str, list[dict[str, Any]]], tokens: int, ids: list[Any], 
     from importlib.metadata import version
 
     rates = {system: statistics.median(rate(one, tokens) for one in runs) for system, runs in found.items()}
-    best = max((rates[system] for system in RIVALS if system in rates), default=None)
+    cpu = {system: statistics.median(rate(one, tokens, "cpu") for one in runs) for system, runs in found.items()}
+    best, best_cpu = (max((values[system] for system in RIVALS if system in values), default=None) for values in (rates, cpu))
     lines = [
         f"{len(ids)} questions x {VIEWS} views, {tokens} supervised tokens; {args.tuning}, {args.dtype}; medians of {args.repeats}, "
         f"{WARM} step of each process not timed",
         f"{platform.machine()}, {os.cpu_count()} cores; torch {version('torch')}, transformers {version('transformers')}; "
         f"matrix product 1024^3: {peak:.0f} GFLOP/s",
         "",
-        "| system | supervised tokens/s | least to most | against TRL's best | share of the machine | peak memory, MB | first loss |",
-        "|---|---|---|---|---|---|---|",
+        "| system | supervised tokens/s | least to most | a CPU second | against TRL's best | by CPU time | share of the machine "
+        "| peak memory, MB | first loss |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for system, runs in found.items():
-        ratio = f"{rates[system] / best:.2f}" if best else ""
+        ratio = f"{rates[system] / best:.2f} | {cpu[system] / best_cpu:.2f}" if best and best_cpu else " | "
         memory = statistics.median(one["peak_mb"] for one in runs)
         spread = sorted(rate(one, tokens) for one in runs)
         share = (
             "" if system == "mind" else f"{rates[system] / tokens * flops / peak:.0%}"
         )  # the views it leaves out of the gradient are no work
         lines.append(
-            f"| {system} | {rates[system]:.1f} | {spread[0]:.1f} to {spread[-1]:.1f} | {ratio} | {share} | {memory:,.0f} | "
+            f"| {system} | {rates[system]:.1f} | {spread[0]:.1f} to {spread[-1]:.1f} | {cpu[system]:.1f} | {ratio} | {share} | {memory:,.0f} | "
             f"{runs[0]['loss'][0]:.4f} |"
         )
     return "\n".join(lines)

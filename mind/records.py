@@ -6,6 +6,8 @@ Question -> (teacher) -> Rationale -> (judge, snapshot) -> Example -> (distil, e
 from __future__ import annotations
 
 import json
+import os
+import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -153,16 +155,19 @@ class Rows(Sequence[R]):
     def __init__(self, path: Path, kind: type[R]) -> None:
         self._path, self._kind = path, kind
         self._numbers, self._starts = array("q"), array("q")
-        self._file = _opened(path, kind)
         place = 0
-        for number, line in enumerate(self._file, 1):
-            if line.strip():
-                self._numbers.append(number)
-                self._starts.append(place)
-            place += len(line)
+        with _opened(path, kind) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    self._numbers.append(number)
+                    self._starts.append(place)
+                place += len(line)
+            self._starts.append(place)
+            self._file = os.dup(lines.fileno())
+        weakref.finalize(self, os.close, self._file)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._numbers)
 
     @overload
     def __getitem__(self, place: int) -> R: ...
@@ -171,8 +176,9 @@ class Rows(Sequence[R]):
     def __getitem__(self, place: int | slice) -> R | Sequence[R]:
         if isinstance(place, slice):
             return Subset(self, range(len(self))[place])
-        self._file.seek(self._starts[place])
-        return _parsed(self._path, self._numbers[place], self._file.readline(), self._kind)
+        place = range(len(self))[place]
+        start, end = self._starts[place], self._starts[place + 1]  # of this row and the next: blank lines between do not matter
+        return _parsed(self._path, self._numbers[place], os.pread(self._file, end - start, start), self._kind)
 
 
 class Subset(Sequence[T]):

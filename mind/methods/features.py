@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Features:
         self._count, self._shape, self._peers = questions, (1 + views, width), peers
         self._bytes = 4 * (1 + views) * width
         self._file = _opened(folder, peers)
+        weakref.finalize(self, os.close, self._file)
         self._at_once = True  # until the first step: a run that is killed by then starts again
         self._kept = folder is not None
         self._recent: Changes = {}  # since the newest checkpoint

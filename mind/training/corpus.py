@@ -7,6 +7,8 @@ key names all that decides them. Without one they are kept in memory.
 from __future__ import annotations
 
 import json
+import os
+import weakref
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -112,7 +114,8 @@ class _Stored(Sequence[Encoded]):
     def __init__(self, folder: Path, kind: type[Encoded]) -> None:
         self._codec = TypeAdapter(kind)
         self._starts = array("q", (folder / STARTS).read_bytes())
-        self._file = (folder / QUESTIONS).open("rb")
+        self._file = os.open(folder / QUESTIONS, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -126,5 +129,4 @@ class _Stored(Sequence[Encoded]):
             return Subset(self, range(len(self))[place])
         place = range(len(self))[place]
         start, end = self._starts[place], self._starts[place + 1]
-        self._file.seek(start)
-        return self._codec.validate_json(self._file.read(end - start))
+        return self._codec.validate_json(os.pread(self._file, end - start, start))
