@@ -174,7 +174,7 @@ def killed(whole: Workspace, target: str, points: int, length: float) -> None:
         shutil.copytree(whole.root, workspace.root, symlinks=True)
         workspaces.forget(workspace, target)
         share = shares.random()
-        died = workspaces.kill(workspace, target, share, after=share * length if target == "snapshot" else 60)
+        died = workspaces.kill(workspace, target, share, after=share * length if target == "snapshot" else 600)
         started = time.perf_counter()
         versioning.bring_up_to_date(workspace, target, force=True)
         resumed += time.perf_counter() - started
