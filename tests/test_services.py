@@ -64,7 +64,7 @@ class Up:
 
     def run(self, deployment: str, *parameters: str) -> subprocess.CompletedProcess[str]:
         given = [word for parameter in parameters for word in ("-p", parameter)]
-        return self.prefect("deployment", "run", deployment, "--watch", "--watch-interval", "1", "--watch-timeout", "200", *given)
+        return self.prefect("deployment", "run", deployment, "--watch", "--watch-interval", "1", "--watch-timeout", "350", *given)
 
 
 def start(workspace: Workspace) -> Up:
