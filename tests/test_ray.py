@@ -22,7 +22,7 @@ from mind.errors import StageError
 from mind.workspace import Workspace
 
 ABSENT = importlib.util.find_spec("prefect_ray") is None
-pytestmark = [pytest.mark.timeout(300), pytest.mark.skipif(ABSENT, reason="Ray is not installed: pip install -e '.[ray]'")]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.skipif(ABSENT, reason="Ray is not installed: pip install -e '.[ray]'")]
 
 STAGE = """import json, os, pathlib, sys, time
 pathlib.Path(os.environ["MIND_STAGE_RAN"]).write_text("no such view")

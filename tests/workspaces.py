@@ -73,10 +73,12 @@ def kill(workspace: Workspace, target: str, share: float, after: float = 60.0) -
     ended = threading.Event()
 
     def watch(told: Path) -> None:
-        began = time.monotonic()
+        began, reached = time.monotonic(), False
         while not ended.wait(0.002):
             done, total, label = told.read_text().split(" ")[:3] if told.exists() else ("0", "0", "")
-            passed = label == target.partition("@")[0] and int(done) / int(total) > share
+            own = label == target.partition("@")[0]
+            passed = int(done) / int(total) >= share if own else reached  # what follows its own bar is behind it
+            reached |= own
             if passed or time.monotonic() - began > after:
                 for process in psutil.Process().children(recursive=True):
                     if "mind.stages" in process.cmdline():
