@@ -173,6 +173,19 @@ def test_other_settings_live_in_a_workspace_of_their_own(workspace: Workspace) -
     assert outputs.digest_path(derived / "students" / "mind") != before
 
 
+def test_every_row_of_the_table_trains_and_compares(workspace: Workspace) -> None:
+    rows = ["sbs", "sbs-explain", "mcc", "mode", "edit", "without-fusion", "mind"]
+    few = "variants.mode.support=2"  # the dataset has five questions, and no expert sees those that the mixture is found on
+    said = mind(workspace, "sweep", "--variants", ",".join(rows), "--seeds", "17", "--set", few)
+    assert "18 stages: 12 ran, 6 cached" in said and "trained already" in said  # synthesis, dataset, base and mind are those of the line
+    derived = next(line.split()[3].rstrip(":") for line in said.splitlines() if " students in .mind/workspaces/" in line)
+    told = json.loads(run(Workspace(workspace.root / derived), "mind.cli", "compare", "--runs", "--json").stdout)["variants"]
+    assert {row["variant"] for row in told} == {"base", *rows}
+    for row in told[1:]:
+        assert row["tokens"] > 0 and row["seconds"] > 0 and row["caption"], row["variant"]
+        assert {"primer", "ood"} <= set(row["differences"]), row["variant"]
+
+
 def test_a_failed_stage_is_said_once_and_loses_nothing(workspace: Workspace) -> None:
     done = run(workspace, "mind.cli", "run", "--set", "evaluation.benchmarks=[primre]")
     assert done.returncode == 2
