@@ -34,6 +34,7 @@ from mind.teacher.budget import FREE, Ledger, Wallet
 from mind.teacher.cache import ReplyCache
 from mind.teacher.client import Client, Unanswered, request_body
 from mind.teacher.replies import Request
+from mind.training.peers import ALONE, Peers
 from mind.workspace import Workspace
 
 VLLM_CHUNK = 512  # prompts a call of its engine: what a kill costs at most
@@ -87,9 +88,12 @@ class Examinee:
 
 
 def answer(
-    benchmarks: Sequence[Benchmark], who: Examinee, settings: Evaluation, workspace: Workspace, seed: int
+    benchmarks: Sequence[Benchmark], who: Examinee, settings: Evaluation, workspace: Workspace, seed: int, peers: Peers = ALONE
 ) -> list[list[list[Answer]]]:
     """`evaluation.samples` answers to every question, benchmark by benchmark: those that an earlier process kept, and the rest generated.
+
+    Args:
+        peers: the processes that share the questions; each of them gets all answers.
 
     Raises:
         StudentError: a student that cannot be loaded; vLLM is not installed.
@@ -97,20 +101,23 @@ def answer(
     """
     if settings.backend == "openai":
         return _ask_served(benchmarks, who, settings, workspace)
-    return _generate(benchmarks, who, settings, workspace, seed)
+    return _generate(benchmarks, who, settings, workspace, seed, peers)
 
 
 # ----------------------------------------------------------------- generated on this machine
 
 
 def _generate(
-    benchmarks: Sequence[Benchmark], who: Examinee, settings: Evaluation, workspace: Workspace, seed: int
+    benchmarks: Sequence[Benchmark], who: Examinee, settings: Evaluation, workspace: Workspace, seed: int, peers: Peers
 ) -> list[list[list[Answer]]]:
     prompts = [[student_ids(who.student.tokenizer, who.ask(question)) for question in benchmark.questions] for benchmark in benchmarks]
-    kept = [_Kept(workspace.partial_predictions(_identity(who, ids, settings, seed))) for ids in prompts]
+    files = [workspace.partial_predictions(_identity(who, ids, settings, seed)) for ids in prompts]
+    kept = _opened(files, peers)
     wanted = _wanted(benchmarks, settings)
-    todo = [one for one in wanted if (benchmarks[one.benchmark].questions[one.question].id, one.sample) not in kept[one.benchmark].answers]
-    with bar(f"evaluate {who.name}", len(wanted), "answers") as shown:
+    left = [one for one in wanted if (benchmarks[one.benchmark].questions[one.question].id, one.sample) not in kept[one.benchmark].answers]
+    todo = peers.share(left)
+    shards = f", share {peers.rank + 1} of {peers.count}" if peers.count > 1 else ""
+    with bar(f"evaluate {who.name}{shards}", len(wanted) - len(left) + len(todo), "answers") as shown:
         shown.resume(shown.total - len(todo))
 
         def keep(place: int, done: decoding.Completion) -> None:
@@ -135,10 +142,20 @@ def _generate(
                 on_done=keep,
                 on_step=shown.under_way,
             )
+    if peers.count > 1:
+        kept = _opened(files, peers)
     return [
         [[own.answers[question.id, sample] for sample in range(settings.samples)] for question in benchmark.questions]
         for benchmark, own in zip(benchmarks, kept, strict=True)
     ]
+
+
+def _opened(files: Sequence[Path], peers: Peers) -> list[_Kept]:
+    """What all processes have kept until now; the first one repairs, and the others read then."""
+    peers.gather(None)
+    kept = [_Kept(file) for file in files] if peers.first else []
+    peers.gather(None)
+    return kept or [_Kept(file) for file in files]
 
 
 def _wanted(benchmarks: Sequence[Benchmark], settings: Evaluation) -> list[Asked]:
@@ -220,8 +237,8 @@ class _Kept:
     def add(self, new: Answer) -> None:
         self.answers[new.id, new.sample] = new
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(new.model_dump_json() + "\n")
+        with self.path.open("ab", buffering=0) as file:  # one write a line: other processes may append too
+            file.write(f"{new.model_dump_json()}\n".encode())
 
 
 # ----------------------------------------------------------------- asked of a server

@@ -368,11 +368,14 @@ class Evaluation(Settings):
     temperature: float = Field(default=0.7, gt=0, le=2)  # of drawn answers
     backend: Literal["hf", "vllm", "openai"] = "hf"  # decoded here; by vLLM's engine (not in the package); by a server
     endpoint: Served | None = None  # for openai
+    processes: PositiveInt = 1  # on this machine, one a GPU (or on CPUs): each decodes its share of the questions
 
     @model_validator(mode="after")
     def _has_its_endpoint(self) -> Evaluation:
         if self.backend == "openai" and self.endpoint is None:
             raise ValueError("backend 'openai' wants endpoint: {base_url: http://..., model: ...}")
+        if self.backend == "openai" and self.processes > 1:
+            raise ValueError("backend 'openai' asks from one process; endpoint.in_flight says how many questions at a time")
         return self
 
 

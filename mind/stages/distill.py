@@ -7,10 +7,9 @@ What several variants share of their training (the experts of `mode`, the first 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, redirect_stderr
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from mind import __version__, memory, outputs, progress, tracking
+from mind import __version__, memory, outputs, tracking
 from mind.config import Config, Resolved, flatten
 from mind.methods import table
 from mind.methods.base import Stage
@@ -140,8 +139,7 @@ class _Making:
 
     def follow(self) -> None:
         """Help the first process, silently."""
-        os.environ.pop(progress.FILE, None)
-        with Path(os.devnull).open("w", encoding="utf-8") as nothing, redirect_stderr(nothing):
+        with self.peers.silently():
             self._train_all()
 
     def _train_all(self) -> None:

@@ -19,6 +19,7 @@ from mind.encoder import load_encoder
 from mind.progress import console
 from mind.records import Example, Question, read_questions, write_jsonl
 from mind.scoring import done_tags, graded, measure, scalars, table
+from mind.training.peers import Peers, launch, launched
 from mind.workspace import Workspace
 
 
@@ -32,15 +33,23 @@ def run(config: Config, workspace: Workspace, variant: str | None) -> None:
         PassingError: the hub, the endpoint or the tracking server does not answer.
     """
     assert variant is not None, "evaluate runs once a variant"
+    if config.evaluation.processes > 1 and not launched():
+        launch(config.evaluation.processes, "-m", "mind.stages", "evaluate", "--variant", variant)
+        return
     source = workspace.student(variant)
     manifest = outputs.read_manifest(source)
     resolved = config.variant(variant)
     who = Examinee(variant, resolved.method, resolved.student, source)
     benchmarks = [load(name, workspace, config.evaluation.limit) for name in config.evaluation.benchmarks]
+    peers = Peers.here()
+    if not peers.first:
+        with peers.silently():
+            answer(benchmarks, who, config.evaluation, workspace, config.seed, peers)
+        return
     training = read_questions(workspace.rationales / "questions.jsonl")
     held_out = latent.held_out_examples(workspace, config) if config.latent.questions else []
     with outputs.stage_output(workspace.report(variant)) as folder:
-        answers = answer(benchmarks, who, config.evaluation, workspace, config.seed)
+        answers = answer(benchmarks, who, config.evaluation, workspace, config.seed, peers)
         predictions = [graded(benchmark, own) for benchmark, own in zip(benchmarks, answers, strict=True)]
         metrics = measure(benchmarks, predictions, training)
         if held_out:

@@ -1,7 +1,8 @@
-"""The processes that train one student together (`training.processes`), as the loop and the methods see them: alone, all of it is free.
+"""The processes that work on one student together (`training.processes`, `evaluation.processes`), as the work sees them; alone, it is free.
 
 Each process has the whole student and takes its share of a step's questions; gradients are summed before the step, so every process
-makes the same step, and the course is that of one process up to rounding. `launch` starts them; Accelerate joins them in a group.
+makes the same step, and the course is that of one process up to rounding. `launch` starts them; Accelerate joins them in a group. In an
+evaluation each answers its share of the questions.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +22,11 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+from mind import progress
 from mind.errors import StageError
+
+PATIENCE = timedelta(days=1)
+"""How long a process waits for the others: a share of an evaluation, or the first look at a large dataset, may take hours."""
 
 T = TypeVar("T")
 
@@ -33,13 +41,20 @@ class Peers:
         """The group that this process is in."""
         if not launched():
             return cls()
-        PartialState()  # joins it: nccl on GPUs, gloo on CPUs
+        PartialState(timeout=PATIENCE)  # joins it: nccl on GPUs, gloo on CPUs
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
     def first(self) -> bool:
         """Whether this process writes and speaks for all."""
         return self.rank == 0
+
+    @contextmanager
+    def silently(self) -> Iterator[None]:
+        """What the others would say, the first one says."""
+        os.environ.pop(progress.FILE, None)
+        with Path(os.devnull).open("w", encoding="utf-8") as nothing, redirect_stderr(nothing):
+            yield
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Which of these this process works on."""
@@ -62,6 +77,9 @@ class Peers:
         found: list[Any] = [None] * self.count
         dist.all_gather_object(found, thing)
         return found
+
+
+ALONE = Peers()
 
 
 def launched() -> bool:
@@ -92,4 +110,4 @@ def launch(count: int, *arguments: str) -> None:
         elastic_launch(own, sys.executable)(*arguments)
     except ChildFailedError as error:
         code = next(iter(error.failures.values())).exitcode
-        raise StageError(f"training in {count} processes ended with exit code {code}", exit_code=code if code > 0 else 128 - code) from None
+        raise StageError(f"{count} processes together ended with exit code {code}", exit_code=code if code > 0 else 128 - code) from None
