@@ -24,6 +24,7 @@ import psutil
 from mind import prefect_store, tracking, versioning
 from mind.config import Config
 from mind.errors import ConfigError, MindError
+from mind.processes import see_off
 from mind.progress import console
 from mind.workspace import Workspace
 
@@ -89,10 +90,7 @@ class Service:
         for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGINT if process.pid == self.process.pid else signal.SIGTERM)
-        _, alive = psutil.wait_procs(family, timeout=STOP_SECONDS)
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        see_off(family, STOP_SECONDS)
         self.process.wait()
 
 

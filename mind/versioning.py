@@ -140,14 +140,13 @@ def _ending_with_us(trace: Path) -> Iterator[None]:
     except BaseException:
         import psutil
 
+        from mind.processes import see_off
+
         stage = [child for child in psutil.Process().children(recursive=True) if _bears(child, trace)]
         for process in stage:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
-        _, alive = psutil.wait_procs(stage, timeout=GRACE_SECONDS)
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        see_off(stage, GRACE_SECONDS)
         raise
 
 

@@ -19,7 +19,7 @@ from prefect.logging import disable_run_logger
 from prefect.states import Failed
 
 from flows import main, reevaluate, shown
-from mind import memory, versioning
+from mind import memory, processes, versioning
 from mind.config import validate
 from mind.errors import EXIT_MEMORY, EXIT_PASSING, OutOfMemoryError, PassingError, StageError
 from mind.methods.table import build
@@ -106,7 +106,7 @@ def test_a_stage_ends_with_the_flow_that_started_it_and_saves_its_state(workspac
     stages = psutil.Process(flow.pid).children(recursive=True)
     flow.send_signal(signal.SIGTERM)
     assert flow.wait(timeout=20) == 9
-    assert stages and not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in stages)
+    assert stages and not any(map(processes.runs, stages))
     assert (workspace.root / "saved").exists() and not workspace.dataset.exists()
     assert bring(workspace, "short").message == "ran"  # the killed run's lock is in nobody's way
 

@@ -8,6 +8,7 @@ results together does it in `conclude`.
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,14 +82,6 @@ class Method:
     def encoding(cls, options: Any, seed: int) -> Mapping[str, Any]:
         """What decides what `encode` makes: variants for which this is equal share the tokenised dataset."""
         return {**options.model_dump(mode="json"), "seed": seed}
-
-    mixes: ClassVar[bool] = False
-    """The student is what `conclude` makes of all stages' results, not what the last stage left."""
-
-    @classmethod
-    def conclude(cls, student: LoadedStudent, settings: Resolved, parts: Sequence[Path], examples: Sequence[Example]) -> dict[str, float]:
-        """Give the untouched `student` what the stages' folders `parts` add up to; returns what is worth a row of the history."""
-        raise NotImplementedError
 
     def __init__(self, options: Any, setup: Setup) -> None:
         self.options = options
@@ -175,3 +168,12 @@ def uniform_terms(counts: Sequence[int], outputs: Outputs) -> Terms:
     per_question = torch.stack([ce.mean() for ce in outputs.ce().split(list(counts))])  # (S,) -> (Q,)
     rows = [{"train/loss": value, "train/sft": value} for value in per_question.detach().tolist()]
     return Terms(per_question.sum(), int(outputs.mask.sum()), rows)
+
+
+class Mixture(Method):
+    """A method whose student is what `conclude` makes of all stages' results, not what the last stage left."""
+
+    @classmethod
+    @abstractmethod
+    def conclude(cls, student: LoadedStudent, settings: Resolved, parts: Sequence[Path], examples: Sequence[Example]) -> dict[str, float]:
+        """Give the untouched `student` what the stages' folders `parts` add up to; returns what is worth a row of the history."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mind import config, progress
 from mind.errors import ConfigError, DataError
-from mind.methods.base import Method, Stage
+from mind.methods.base import Mixture, Stage
 from mind.methods.single import held_out
 from mind.records import PERSPECTIVES, Example
 from mind.students.loading import LoadedStudent, add_adapter, put_adapter, read_adapter
@@ -72,15 +72,13 @@ def search(
     return best, lowest, course
 
 
-class Mode(Method):
+class Mode(Mixture):
     """Stages: eight trainings from the untouched student; then `conclude` finds the weights on held-out questions and merges."""
 
     caption = (
         "MoDE: mixture of decoupled LoRA experts (Li et al. 2024). Experts by perspective, not by task; weights found on training "
         "questions that no expert saw, by a (1+1) evolution strategy in place of nevergrad; causal LM, the LoRA shape of all other rows."
     )
-
-    mixes = True
 
     @classmethod
     def stages(cls, settings: config.Resolved) -> tuple[Stage, ...]:

@@ -20,7 +20,7 @@ from filelock import FileLock
 from mind import __version__, memory, outputs, tracking
 from mind.config import Config, Resolved, flatten
 from mind.methods import table
-from mind.methods.base import Stage
+from mind.methods.base import Mixture, Stage
 from mind.progress import console
 from mind.records import Example, Rows
 from mind.students.loading import MODEL, LoadedStudent, find_student, load_student, save_student
@@ -126,7 +126,7 @@ class _Making:
         """Fill `folder` with the student and the history of its training."""
         self._train_all()
         method = table.method_class(self.settings.method.method)
-        if method.mixes:
+        if issubclass(method, Mixture):
             student = load_student(self.settings.student)
             row = method.conclude(student, self.settings, self.parts, self.examples)
             save_student(student, self.settings.student, folder)

@@ -103,7 +103,7 @@ def generate(
         longest = len(prompts[group[0]]) + max_new_tokens
         capacity = max(1, min(len(group), batch_tokens // longest))
         decode = _decode if _attends_to_all(model.config, longest) else _decode_plainly
-        decode(model, {index: prompts[index] for index in group}, capacity, longest, ends, pick, finish, on_step)
+        decode(model, _Work({index: prompts[index] for index in group}, capacity, longest, ends, pick, finish, on_step))
     return [done[index] for index in range(len(prompts))]
 
 
@@ -184,6 +184,19 @@ class _Endings:
         return self._newline[last] and ANSWERED.search(self._tokenizer.decode(written)) is not None
 
 
+@dataclass(frozen=True)
+class _Work:
+    """Prompts of like length, and what both ways of decoding need to answer them."""
+
+    prompts: Mapping[int, list[int]]
+    capacity: int  # rows at a time
+    longest: int  # positions of the longest prompt with its answer
+    ends: _Endings
+    pick: _Picker
+    finish: Finish
+    step: Step
+
+
 class _Store(Cache):
     """Keys and values of all rows, (capacity, H, columns, D) a layer, written in place.
 
@@ -223,44 +236,35 @@ class _Store(Cache):
             stored[targets, :, :columns] = stored[sources, :, :columns]
 
 
-def _decode(
-    model: Any,
-    prompts: Mapping[int, list[int]],
-    capacity: int,
-    longest: int,
-    ends: _Endings,
-    pick: _Picker,
-    finish: Finish,
-    step: Step,
-) -> None:
-    shared = _shared_prefix(list(prompts.values()))
-    store = _Store(capacity, longest)
+def _decode(model: Any, work: _Work) -> None:
+    shared = _shared_prefix(list(work.prompts.values()))
+    store = _Store(work.capacity, work.longest)
     device = next(model.parameters()).device
-    waiting = [*prompts][::-1]  # the longest are taken first, from the end
+    waiting = [*work.prompts][::-1]  # the longest are taken first, from the end
     rows: list[_Row] = []
     if shared:
         _forward(
             model,
             store,
-            torch.tensor([prompts[waiting[0]][:shared]], device=device),
+            torch.tensor([work.prompts[waiting[0]][:shared]], device=device),
             slice(0, 1),
             torch.arange(shared, device=device)[None],
         )
         store.share(shared)
     while waiting or rows:
-        if waiting and len(rows) <= REFILL * capacity:
-            admitted = [waiting.pop() for _ in range(min(capacity - len(rows), len(waiting)))]
-            _prefill(model, store, [prompts[index] for index in admitted], len(rows), shared, ends.pad)
-            rows += [_Row(index, prompts[index][-1], len(prompts[index]) - 1) for index in admitted]
+        if waiting and len(rows) <= REFILL * work.capacity:
+            admitted = [waiting.pop() for _ in range(min(work.capacity - len(rows), len(waiting)))]
+            _prefill(model, store, [work.prompts[index] for index in admitted], len(rows), shared, work.ends.pad)
+            rows += [_Row(index, work.prompts[index][-1], len(work.prompts[index]) - 1) for index in admitted]
         tokens = torch.tensor([[row.last] for row in rows], device=device)
         columns = torch.tensor([[row.column] for row in rows], device=device)
         logits = _forward(model, store, tokens, slice(0, len(rows)), columns)
-        for row, token, log in zip(rows, *pick(logits, [row.index for row in rows]), strict=True):
+        for row, token, log in zip(rows, *work.pick(logits, [row.index for row in rows]), strict=True):
             row.written.append(token)
             row.logs.append(log)
             row.last, row.column = token, row.column + 1
-        rows = _without_finished(rows, store, ends, finish)
-        step(sum(len(row.written) for row in rows) / ends.max_new_tokens)
+        rows = _without_finished(rows, store, work.ends, work.finish)
+        work.step(sum(len(row.written) for row in rows) / work.ends.max_new_tokens)
 
 
 def _shared_prefix(prompts: Sequence[list[int]]) -> int:
@@ -349,39 +353,31 @@ class _Stop(StoppingCriteria):
         return torch.tensor([self.ends(row[self.width :].tolist()) for row in input_ids], device=input_ids.device)
 
 
-def _decode_plainly(
-    model: Any,
-    prompts: Mapping[int, list[int]],
-    capacity: int,
-    longest: int,
-    ends: _Endings,
-    pick: _Picker,
-    finish: Finish,
-    step: Step,
-) -> None:
-    """The same through `transformers.generate`: prompts of like length, padded on the left. For sliding windows and mixed layers."""
+def _decode_plainly(model: Any, work: _Work) -> None:
+    """The same through `transformers.generate`: padded on the left. For sliding windows and mixed layers."""
     device = next(model.parameters()).device
-    order = list(prompts)
-    for start in range(0, len(order), capacity):
-        batch = order[start : start + capacity]
-        width = len(prompts[batch[0]])
-        tokens = torch.tensor([[ends.pad] * (width - len(prompts[index])) + prompts[index] for index in batch], device=device)
-        mask = torch.tensor([[0] * (width - len(prompts[index])) + [1] * len(prompts[index]) for index in batch], device=device)
-        choice = _Choice(pick, batch)
+    order = list(work.prompts)
+    for start in range(0, len(order), work.capacity):
+        batch = order[start : start + work.capacity]
+        prompts = [work.prompts[index] for index in batch]
+        width = len(prompts[0])
+        tokens = torch.tensor([[work.ends.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        choice = _Choice(work.pick, batch)
         output = model.generate(
             tokens,
             attention_mask=mask,
-            max_new_tokens=ends.max_new_tokens,
+            max_new_tokens=work.ends.max_new_tokens,
             do_sample=False,
             repetition_penalty=1.0,  # a hub model's own setting would make this way differ from the other
             logits_processor=LogitsProcessorList([choice]),
-            pad_token_id=ends.pad,
-            eos_token_id=sorted(ends.tokens) or None,
-            stopping_criteria=StoppingCriteriaList([_Stop(width, ends, step)]),
+            pad_token_id=work.ends.pad,
+            eos_token_id=sorted(work.ends.tokens) or None,
+            stopping_criteria=StoppingCriteriaList([_Stop(width, work.ends, work.step)]),
         )
         for index, row, logs in zip(batch, output[:, width:].tolist(), choice.logs, strict=True):
-            written = _until_end(row, ends)
-            finish(index, written, logs[: len(written)])
+            written = _until_end(row, work.ends)
+            work.finish(index, written, logs[: len(written)])
 
 
 def _until_end(row: list[int], ends: _Endings) -> list[int]:
