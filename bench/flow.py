@@ -222,7 +222,7 @@ def scale(folder: Path) -> None:
 def log_training(workspace: Workspace, count: int) -> None:
     """The points of one epoch: 30 values every five steps of eight questions."""
     from mind import tracking
-    from mind.config import load_config
+    from mind.params import load_config
 
     tracking.make_store(workspace, load_config(workspace.params).tracking)
     rows = count // 40

@@ -54,7 +54,7 @@ def drive_mind(job: Job) -> Result:
     """The whole stage: asking, judging, the durable cache, the rows on disk."""
     import openai
 
-    from mind.config import validate
+    from mind.params import validate
     from mind.stages import synthesize
     from mind.teacher import client, perspectives
     from mind.workspace import Workspace

@@ -52,7 +52,7 @@ LOOKED_AT = 1_000  # questions: before its first step MIND looks at all of them,
 
 def own(job: dict[str, Any]) -> dict[str, Any]:
     """mind's loop, step by step."""
-    from mind import config
+    from mind import params
     from mind.methods import table
     from mind.records import Example
     from mind.students.loading import load_student
@@ -64,7 +64,7 @@ def own(job: dict[str, Any]) -> dict[str, Any]:
         options |= {"beta": 0.0} if system == "mind-all" else {}
     training = {"layout": "padded" if system == "padded" else "packed", "learning_rate": 1e-4, "log_steps": 1, "warmup_ratio": 0}
     student = {"name": job["student"], "dtype": job["dtype"], "tuning": job["tuning"]}
-    settings = config.validate(
+    settings = params.validate(
         {"student": student, "training": training, "variants": {"x": options}, "run": {"variants": ["x"], "reference": "x"}}
     )
     marks: list[tuple[float, float]] = []
@@ -150,7 +150,7 @@ def at_scale(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from mind import config
+    from mind import params
     from mind.methods import table
     from mind.records import Example, Rows
     from mind.students.loading import LoadedStudent
@@ -164,7 +164,7 @@ def at_scale(job: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     student = LoadedStudent(LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)), tokenizer, "tiny")
-    settings = config.validate(
+    settings = params.validate(
         {"variants": {"x": job["options"]}, "run": {"variants": ["x"], "reference": "x"}, "training": {"log_steps": 1}}
     )
     marks: list[float] = []

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t
 
-from mind.config import load_config
+from mind.params import load_config
 from mind.records import PERSPECTIVES
 from mind.workspace import Workspace
 

@@ -23,8 +23,9 @@ from prefect.tasks import Task
 from flows import shown
 from flows.parallel import resources, runner
 from mind import memory, versioning
-from mind.config import Parallel, load_config, nest
+from mind.config import Parallel
 from mind.errors import EXIT_MEMORY, EXIT_PASSING, PassingError, StageError
+from mind.params import load_config, nest
 from mind.workspace import Workspace
 
 OUT_OF_MEMORY = (EXIT_MEMORY, 128 + signal.SIGKILL)

@@ -18,7 +18,8 @@ from prefect.states import Completed, Failed
 from flows import shown
 from flows.main import PATIENT
 from mind import memory, reevaluation, versioning
-from mind.config import Config, load_config
+from mind.config import Config
+from mind.params import load_config
 from mind.reevaluation import Pending, Result
 from mind.workspace import Workspace
 

@@ -18,8 +18,8 @@ from flows import shown
 from flows.main import bring_up_to_date, one_after_another, side_by_side
 from flows.parallel import runner
 from mind import versioning
-from mind.config import load_config
 from mind.errors import StageError
+from mind.params import load_config
 from mind.progress import console
 from mind.workspace import Workspace
 

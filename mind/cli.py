@@ -154,7 +154,7 @@ def sweep(seeds: list[int], variants: str | None, overrides: tuple[str, ...]) ->
     fails does not stop the others.
     """
     from mind import doors
-    from mind.config import parse_overrides
+    from mind.params import parse_overrides
 
     doors.sweep(Workspace.find(), parse_overrides(overrides), _names(variants), seeds)
 
@@ -183,7 +183,7 @@ def compare(
     Accuracies with 95 % intervals, over seeds where there are several, and differences to the reference on the same questions.
     """
     from mind import comparison, tables
-    from mind.config import load_config
+    from mind.params import load_config
 
     workspace = _workspace(overrides)
     read = comparison.compare_runs if runs else comparison.compare
@@ -219,7 +219,7 @@ def lineage(run: str, question: str | None, as_json: bool) -> None:
     RUN is a variant, a run's id, or a registered student such as mind-smollm2-135m@mind.
     """
     from mind import lineage as walk
-    from mind.config import load_config
+    from mind.params import load_config
 
     workspace = _workspace(())
     found = walk.trace(workspace, load_config(workspace.params), run, question)
@@ -235,7 +235,7 @@ def lineage(run: str, question: str | None, as_json: bool) -> None:
 def up(host: str, prefect_port: int | None, mlflow_port: int | None, allow: tuple[str, ...]) -> None:
     """Serve this workspace: Prefect server, worker and schedules, MLflow's pages; until Ctrl-C."""
     from mind import services
-    from mind.config import load_config
+    from mind.params import load_config
 
     workspace = _workspace(())
     config = load_config(workspace.params)
@@ -262,7 +262,7 @@ def init(folder: Path, questions: Path | None, base_url: str | None, model: str 
 def doctor(overrides: tuple[str, ...]) -> None:
     """Check teacher, student, tracking, DVC and devices, and say how to mend each."""
     from mind import doctor as checkup
-    from mind.config import load_config
+    from mind.params import load_config
 
     workspace = _workspace(overrides)
     if not checkup.report(load_config(workspace.params), workspace):
@@ -271,7 +271,7 @@ def doctor(overrides: tuple[str, ...]) -> None:
 
 def _workspace(overrides: tuple[str, ...], variants: list[str] | None = None) -> Workspace:
     """The workspace of the current folder, or the one derived from it by `--set`; its settings are checked at once."""
-    from mind.config import load_config, nest, parse_overrides
+    from mind.params import load_config, nest, parse_overrides
 
     workspace = Workspace.find()
     changed = parse_overrides(overrides)

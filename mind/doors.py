@@ -16,8 +16,9 @@ import psutil
 from rich.markup import escape
 
 from mind import services, versioning
-from mind.config import Config, load_config
+from mind.config import Config
 from mind.errors import EXIT_INTERRUPTED, INTERRUPTED, ConfigError, DataError, StageError
+from mind.params import load_config
 from mind.progress import console
 from mind.workspace import Workspace
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from mind import config as settings
+from mind import params
+from mind.config import merge
 from mind.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, DataError, PassingError, StageError
 from mind.outputs import digest_json
 from mind.workspace import Workspace
@@ -61,7 +62,7 @@ def bring_up_to_date(workspace: Workspace, target: str, *, force: bool = False, 
     from dvc.stage.exceptions import StageCmdFailedError
 
     with _repo(workspace) as repo, tempfile.TemporaryDirectory() as folder:
-        share = bool(settings.read_params(workspace.params).get("run", {}).get("share"))
+        share = bool(params.read_params(workspace.params).get("run", {}).get("share"))
         trace = Path(folder) / "ran"
         # an idle thread spins for some ten microseconds, the time between two small operations, and sleeps then: for ever costs others
         # their cores, never at all makes training 1.5 times slower (docs/log.md)
@@ -231,14 +232,14 @@ def derive(workspace: Workspace, overrides: Mapping[str, Any]) -> Workspace:
     """
     if not overrides:
         return workspace
-    merged = settings.merge(settings.read_params(workspace.params), overrides)
-    settings.validate(merged, "params.yaml with --set")
+    merged = merge(params.read_params(workspace.params), overrides)
+    params.validate(merged, "params.yaml with --set")
     root = workspace.caches / "workspaces" / digest_json(merged)[:12]
     if not (root / "dvc.yaml").exists():
         partial = root.with_name(f".{root.name}.{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         (partial / ".dvc").mkdir(parents=True)
-        (partial / "params.yaml").write_text(settings.dump_raw(merged), encoding="utf-8")
+        (partial / "params.yaml").write_text(params.dump_raw(merged), encoding="utf-8")
         _share_dvc(workspace.home, partial)
         partial.rename(root)
     for shared in ("mind", "benchmarks"):
@@ -259,8 +260,8 @@ def derive_over_seeds(
     Raises:
         ConfigError: the merged settings cannot be used, or a variant that cannot have another seed.
     """
-    config = settings.validate(settings.merge(settings.read_params(workspace.params), overrides), "params.yaml with --set")
-    return derive(workspace, settings.merge(overrides, settings.over_seeds(config, variants or config.run.variants, seeds)))
+    config = params.validate(merge(params.read_params(workspace.params), overrides), "params.yaml with --set")
+    return derive(workspace, merge(overrides, params.over_seeds(config, variants or config.run.variants, seeds)))
 
 
 def _share_dvc(home: Path, root: Path) -> None:

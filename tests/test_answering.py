@@ -12,8 +12,9 @@ import pytest
 from mind import config
 from mind.answering import Answer, Examinee, answer
 from mind.benchmarks.loading import Benchmark
-from mind.config import Evaluation, Mind, validate
+from mind.config import Evaluation, Mind
 from mind.errors import ConfigError, StudentError, TeacherError
+from mind.params import validate
 from mind.records import Prediction, Question
 from mind.scoring import BINS, calibration, graded, scalars
 from mind.workspace import Workspace

@@ -14,10 +14,11 @@ import pytest
 from rich.console import Console
 
 from mind import comparison, tables
-from mind.config import Config, merge, over_seeds, validate
+from mind.config import Config, merge
 from mind.errors import ConfigError, DataError
 from mind.latent import LatentMap
 from mind.outputs import write_manifest
+from mind.params import over_seeds, validate
 from mind.records import PERSPECTIVES, Prediction, write_jsonl
 from mind.statistics import holm, macro_accuracy, macro_difference, paired_difference, repeated_accuracy, repeated_difference, wilson
 from mind.workspace import Workspace

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from mind.config import Config, dump_yaml, flatten, load_config, merge, nest, parse_overrides, validate
+from mind.config import Config, flatten, merge
 from mind.errors import ConfigError
+from mind.params import dump_yaml, load_config, nest, parse_overrides, validate
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mind import config, outputs
+from mind import config, outputs, params
 from mind.methods.base import Setup
 from mind.methods.mcc import Mcc
 from mind.records import PERSPECTIVES, write_jsonl
@@ -44,7 +44,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 def settings(workspace: Workspace, **training: Any) -> config.Config:
     student = {"name": str(workspace.root / "tiny"), "lora": {"r": 2, "alpha": 4}}
-    return config.validate({"student": student, "variants": VARIANTS, "training": {"log_steps": 1, **training}})
+    return params.validate({"student": student, "variants": VARIANTS, "training": {"log_steps": 1, **training}})
 
 
 def made(workspace: Workspace, variant: str, **training: Any) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from mind import doctor, initialise
-from mind.config import Config, load_config, validate
+from mind.config import Config
 from mind.doctor import Check
+from mind.params import load_config, validate
 from mind.workspace import Workspace
 
 KEY = "sk-secret-0123456789"

@@ -14,12 +14,13 @@ from mlflow.tracking import MlflowClient
 from mind import answering, forgetting, tracking
 from mind.answering import Answer
 from mind.benchmarks.loading import Benchmark, load
-from mind.config import Config, Run, validate
+from mind.config import Config, Run
 from mind.errors import DataError
 from mind.grading import extract
 from mind.methods.base import Method
 from mind.methods.table import CLASSES
 from mind.outputs import digest_path, write_manifest
+from mind.params import validate
 from mind.prompts import student_prompt
 from mind.records import Example, Prediction, Question, Rationale, read_jsonl, write_jsonl
 from mind.scoring import graded, measure

@@ -20,9 +20,9 @@ from prefect.states import Failed
 
 from flows import main, reevaluate, shown
 from mind import memory, processes, versioning
-from mind.config import validate
 from mind.errors import EXIT_MEMORY, EXIT_PASSING, OutOfMemoryError, PassingError, StageError
 from mind.methods.table import build
+from mind.params import validate
 from mind.reevaluation import Accuracy, Pending, Result
 from mind.statistics import wilson
 from mind.training.loop import train

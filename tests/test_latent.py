@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from mind import latent, separation
-from mind.config import Config, Latent, Synthesis, validate
+from mind.config import Config, Latent, Synthesis
 from mind.errors import ConfigError, DataError, StudentError
+from mind.params import validate
 from mind.prompts import student_ids, student_prompt
 from mind.records import PERSPECTIVES, Example, Question, Rationale, write_jsonl
 from mind.workspace import Workspace

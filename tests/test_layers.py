@@ -12,7 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-RANK_0 = {"mind", "mind.config", "mind.errors", "mind.outputs", "mind.progress", "mind.prompts", "mind.records", "mind.workspace"}
+RANK_0 = {
+    "mind",
+    "mind.config",
+    "mind.errors",
+    "mind.outputs",
+    "mind.params",
+    "mind.progress",
+    "mind.prompts",
+    "mind.records",
+    "mind.workspace",
+}
 RANK_2 = {
     "mind.doctor",
     "mind.comparison",

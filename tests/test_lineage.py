@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from mind import lineage, outputs, tracking, versioning
-from mind.config import Config, load_config
+from mind.config import Config
 from mind.errors import DataError
+from mind.params import load_config
 from mind.workspace import Workspace
 from tests import workspaces
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from mind import outputs
-from mind.config import load_config
+from mind.params import load_config
 from mind.records import Question, write_jsonl
 from mind.stages import distill as stage
 from mind.stages import evaluate

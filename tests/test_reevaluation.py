@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from mind import config, doors, outputs, reevaluation, scoring, tracking
-from mind.config import Config, validate
+from mind import config, doors, outputs, params, reevaluation, scoring, tracking
+from mind.config import Config
+from mind.params import validate
 from mind.reevaluation import Accuracy, Pending, Result
 from mind.students import decoding
 from mind.students.loading import save_student
@@ -157,7 +158,7 @@ def test_a_regression_is_more_than_chance(old: tuple[int, int] | None, new: tupl
 
 
 def test_the_command_says_what_it_would_do(home: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    (home.root / "params.yaml").write_text(config.dump_yaml(made_config(home)))
+    (home.root / "params.yaml").write_text(params.dump_yaml(made_config(home)))
     rows(home, "fresh", [("What is 2 plus 2?", 4)])
     try:
         doors.reevaluate(home, dry_run=True)

@@ -13,8 +13,8 @@ from ruamel.yaml import YAML
 
 from mind import initialise, versioning
 from mind.benchmarks.loading import load
-from mind.config import validate
 from mind.errors import ConfigError, UsageError
+from mind.params import validate
 from mind.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +59,7 @@ def test_no_perspective_but_the_known_ones(name: str) -> None:
 
 
 def test_settings_are_data(tmp_path: Path) -> None:
-    from mind.config import load_config
+    from mind.params import load_config
 
     (tmp_path / "params.yaml").write_text("seed: !!python/object/apply:os.system ['touch pwned']\n")
     with pytest.raises(UsageError):

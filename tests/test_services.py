@@ -282,7 +282,7 @@ def test_deployments_that_cannot_be_made_are_named(tmp_path: Path) -> None:
 
 
 def test_a_workspace_without_deployments_says_where_to_get_them(tmp_path: Path) -> None:
-    from mind.config import validate
+    from mind.params import validate
 
     with pytest.raises(ConfigError, match="no prefect.yaml"):
         services.up(Workspace(tmp_path), validate({}), host="127.0.0.1", prefect_port=0, mlflow_port=0, allow=())

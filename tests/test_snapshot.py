@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from mind import outputs, versioning
-from mind.config import Config, validate
+from mind.config import Config
 from mind.errors import DataError
+from mind.params import validate
 from mind.records import PERSPECTIVES, Example, Mistake, MistakenView, Question, Rationale, read_jsonl, write_jsonl
 from mind.stages import snapshot
 from mind.workspace import Workspace

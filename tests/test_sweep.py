@@ -15,8 +15,8 @@ from unittest import mock
 import pytest
 
 from mind import comparison, doors, versioning
-from mind.config import load_config
 from mind.errors import ConfigError, StageError
+from mind.params import load_config
 from mind.workspace import Workspace
 
 STAGE = """import json, os, pathlib, random, sys

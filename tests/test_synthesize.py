@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from mind.config import Config, dump_yaml, validate
+from mind.config import Config
 from mind.errors import DataError, MindError, PassingError, TeacherError
+from mind.params import dump_yaml, validate
 from mind.records import PERSPECTIVES, Mistake, Rationale, read_jsonl
 from mind.stages import synthesize
 from mind.teacher.cache import ReplyCache
@@ -279,7 +280,7 @@ def test_a_changed_gold_answer_is_judged_anew_without_asking(tmp_path: Path, url
 
 PROCESS = """
 from pathlib import Path
-from mind.config import load_config
+from mind.params import load_config
 from mind.errors import exit_on_error
 from mind.stages import synthesize
 from mind.workspace import Workspace

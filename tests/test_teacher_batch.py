@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import openai
 import pytest
 
-from mind.config import Config, Price, Teacher, validate
+from mind.config import Config, Price, Teacher
 from mind.errors import PassingError, TeacherError
+from mind.params import validate
 from mind.records import PERSPECTIVES, Question
 from mind.stages import synthesize
 from mind.teacher.asking import NotBought

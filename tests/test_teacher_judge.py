@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mind.config import Config, validate
+from mind.config import Config
+from mind.params import validate
 from mind.records import PERSPECTIVES, Kind, Question
 from mind.teacher import llm_judge, mistakes
 from mind.teacher.client import Unanswered

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mind import doctor, tracking
-from mind.config import Tracking, validate
+from mind.config import Tracking
 from mind.errors import MindError, PassingError
+from mind.params import validate
 from mind.workspace import Workspace
 
 RACE = Tracking(experiment="race")

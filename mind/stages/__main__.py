@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mind import memory
-from mind.config import load_config
 from mind.errors import EXIT_PASSING, INTERRUPTED, exit_on_error
+from mind.params import load_config
 from mind.workspace import Workspace
 
 STAGES = {"synthesize": False, "snapshot": False, "distill": True, "evaluate": True}
