@@ -221,10 +221,10 @@ def scale(folder: Path) -> None:
 
 def log_training(workspace: Workspace, count: int) -> None:
     """The points of one epoch: 30 values every five steps of eight questions."""
-    from mind import tracking
+    from mind import store, tracking
     from mind.params import load_config
 
-    tracking.make_store(workspace, load_config(workspace.params).tracking)
+    store.make_store(workspace, load_config(workspace.params).tracking)
     rows = count // 40
     with (
         measured(f"tracking: {rows * 30} points, {count} questions"),

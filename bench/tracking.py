@@ -24,11 +24,11 @@ KEYS = [f"train/value{i}" for i in range(30)]
 OPEN = """
 import sys, time
 from pathlib import Path
-from mind import tracking
+from mind import store, tracking
 from mind.config import Tracking
 from mind.workspace import Workspace
 wall, cpu = time.perf_counter(), time.process_time()
-tracking._mlflow()
+store.library()
 imported = time.perf_counter() - wall
 with tracking.open_run(Workspace(Path(sys.argv[1])), Tracking(), name="open", fingerprint=sys.argv[2]):
     print(imported, time.perf_counter() - wall, time.process_time() - cpu)
@@ -54,7 +54,7 @@ def opening(folder: Path) -> None:
 
 def storing(folder: Path, what: str, steps: int, store: Callable[[Any, Any, int], None]) -> None:
     """Store `steps` steps of 30 values with `store(run, mlflow, step)`; the block's end waits until all is written."""
-    mlflow = tracking._mlflow()
+    mlflow = store.library()
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow/mlflow.db")
     started, cpu, in_loop = time.perf_counter(), time.process_time(), 0.0
     with tracking.open_run(Workspace(folder), Tracking(), name=what, fingerprint=what) as run:

@@ -19,7 +19,7 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.context import get_run_context
 from prefect.settings import PREFECT_API_URL
 
-from mind import comparison, tables, tracking
+from mind import comparison, registry, tables
 from mind.config import Config
 from mind.errors import DataError
 from mind.outputs import read_manifest
@@ -85,7 +85,7 @@ def results(workspace: Workspace, config: Config) -> None:
 def _links(workspace: Workspace, config: Config) -> Iterator[str]:
     for name in config.run.variants:
         fingerprint = read_manifest(workspace.student(name))["fingerprint"]
-        page = tracking.page(workspace, config.tracking, fingerprint)
+        page = registry.page(workspace, config.tracking, fingerprint)
         yield f"[{name}]({page})" if page and page.startswith("http") else f"{name}: {page or 'no run'}"
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mind import tracking, versioning
+from mind import registry, versioning
 from mind.config import Config
 from mind.errors import DataError, MindError
 from mind.outputs import MANIFEST, read_manifest
@@ -118,7 +118,7 @@ def compare_runs(workspace: Workspace, config: Config, variants: Sequence[str] |
         PassingError, MindError: the store does not answer, or refuses.
     """
     reference = reference or config.run.reference
-    with tracking.finished_runs(workspace, config.tracking) as finished:
+    with registry.finished_runs(workspace, config.tracking) as finished:
         runs = [run for run in finished if _evaluated(run)]
         dataset = versioning.version_of(workspace.dataset) if workspace.dataset.is_dir() else _dataset_of_latest(runs)
         named = (run for run in runs if run.params.get("student.name") == config.student.name)
@@ -198,7 +198,7 @@ def _timed(
     found: dict[str, float] = {}
     notes: tuple[str, ...] = ()
     try:
-        found = tracking.values(workspace, config.tracking, fingerprints, "train/seconds") if fingerprints else {}
+        found = registry.values(workspace, config.tracking, fingerprints, "train/seconds") if fingerprints else {}
     except MindError as error:
         notes = (f"Seconds of training are not known: {error.found}.",)
     timed = {name: [replace(report, seconds=found.get(report.fingerprint or "")) for report in own] for name, own in groups.items()}
@@ -208,27 +208,27 @@ def _timed(
 # ------------------------------------------------------------ reading from MLflow
 
 
-def _origin(run: tracking.Finished) -> str:
+def _origin(run: registry.Finished) -> str:
     """The row that a run belongs to."""
     repeats = run.params.get("repeats", "null")
     return run.tags["mind.variant"] if repeats == "null" else repeats
 
 
-def _is_untrained(run: tracking.Finished) -> bool:
+def _is_untrained(run: registry.Finished) -> bool:
     return run.tags.get("mind.method") == "base"
 
 
-def _evaluated(run: tracking.Finished) -> bool:
+def _evaluated(run: registry.Finished) -> bool:
     return "mind.variant" in run.tags and any(key.startswith("eval/") for key in run.metrics)
 
 
-def _dataset_of_latest(runs: Iterable[tracking.Finished]) -> str | None:
+def _dataset_of_latest(runs: Iterable[registry.Finished]) -> str | None:
     return next((run.tags["mind.dataset"] for run in runs if "mind.dataset" in run.tags), None)
 
 
-def _latest_of_each(runs: Iterable[tracking.Finished]) -> tuple[dict[str, list[tracking.Finished]], list[str]]:
+def _latest_of_each(runs: Iterable[registry.Finished]) -> tuple[dict[str, list[registry.Finished]], list[str]]:
     """variant -> its latest run of each seed, by seed, and what was left out; `runs` come latest first."""
-    chosen: dict[str, dict[str, tracking.Finished]] = {}
+    chosen: dict[str, dict[str, registry.Finished]] = {}
     others: dict[str, int] = {}
     for run in runs:
         own = chosen.setdefault(_origin(run), {})
@@ -244,13 +244,13 @@ OWN = {"name", "seed", "repeats", "student.name"}
 """Settings in which runs of one row may differ: the student itself is told by its weights, and a folder has other names elsewhere."""
 
 
-def _alike(run: tracking.Finished, other: tracking.Finished) -> bool:
+def _alike(run: registry.Finished, other: registry.Finished) -> bool:
     """Whether two runs trained under the same settings, as far as both know them (a later version knows more)."""
     known = (run.params.keys() & other.params.keys()) - OWN
     return _is_untrained(run) or all(run.params[key] == other.params[key] for key in known)
 
 
-def _read_runs(chosen: Mapping[str, Sequence[tracking.Finished]]) -> tuple[dict[str, list[_Report]], list[str]]:
+def _read_runs(chosen: Mapping[str, Sequence[registry.Finished]]) -> tuple[dict[str, list[_Report]], list[str]]:
     """Their reports, out of the runs' artifacts, and a sentence for each run that has none."""
     groups: dict[str, list[_Report]] = {}
     notes = []

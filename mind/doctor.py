@@ -23,7 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mind import tracking
+from mind import store
 from mind.config import Config, Endpoint, Student
 from mind.errors import MindError
 from mind.records import read_questions
@@ -348,7 +348,7 @@ def _hub_student(student: Student) -> Check:
 
 
 def _tracking(config: Config, workspace: Workspace) -> Iterator[Check]:
-    database = tracking.database_of(workspace, config.tracking)
+    database = store.database_of(workspace, config.tracking)
     if database is None:
         yield _answers("tracking", config.tracking.uri.rstrip("/"), "/health", "start it, or set tracking.uri: sqlite:///mlflow/mlflow.db")
     elif not database.exists():

@@ -83,7 +83,7 @@ def _settled(workspace: Workspace, config: Config) -> dict[str, str]:
 
 def summary(workspace: Workspace, config: Config) -> None:
     """What came out: the table, the picture, the dataset version, and where to look further."""
-    from mind import comparison, forgetting, tables, tracking
+    from mind import comparison, forgetting, store, tables
 
     forgetting.record(workspace, config)
     result = comparison.compare(workspace, config, list(config.run.variants))
@@ -93,8 +93,8 @@ def summary(workspace: Workspace, config: Config) -> None:
     console.print(f"dataset   {versioning.version_of(workspace.dataset)}")
     reports = os.path.relpath(workspace.reports)
     console.print(f"pictures  in {reports}: comparison.png{latent}, VARIANT/*.png", soft_wrap=True)
-    then = "   (then open http://127.0.0.1:5000)" if tracking.database_of(workspace, config.tracking) else ""
-    console.print(f"runs      {escape(tracking.ui_hint(workspace, config.tracking))}{then}")
+    then = "   (then open http://127.0.0.1:5000)" if store.database_of(workspace, config.tracking) else ""
+    console.print(f"runs      {escape(store.ui_hint(workspace, config.tracking))}{then}")
 
 
 def stage(workspace: Workspace, name: str, variant: str | None = None, *, force: bool = False) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from mind import tracking
+from mind import registry, tracking
 from mind.config import Config
 from mind.errors import MindError
 from mind.outputs import MANIFEST, read_manifest
@@ -26,7 +26,7 @@ def record(workspace: Workspace, config: Config) -> None:
     names = [name for name in config.run.variants if name != config.run.reference and (workspace.report(name) / MANIFEST).is_file()]
     found = {read_manifest(workspace.report(name))["fingerprint"]: name for name in names} if reference else {}
     try:
-        stored = tracking.values(workspace, config.tracking, found, "eval/forgot")
+        stored = registry.values(workspace, config.tracking, found, "eval/forgot")
         for fingerprint, name in found.items():
             shares = forgotten(_grades(workspace.report(name)), reference)
             if shares and stored.get(fingerprint) != shares["eval/forgot"]:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mind import tracking, versioning
+from mind import registry, store, versioning
 from mind.config import Config
 from mind.errors import DataError
 from mind.records import Rationale, read_jsonl
@@ -46,10 +46,10 @@ def trace(workspace: Workspace, config: Config, name: str, question: str | None 
     Raises:
         DataError: the store has no such run, or the dataset no such question.
     """
-    run = tracking.look_up(workspace, config.tracking, name)
+    run = registry.look_up(workspace, config.tracking, name)
     if run is None:
         raise DataError(
-            f"no run '{name}' in {tracking.database_of(workspace, config.tracking) or config.tracking.uri}",
+            f"no run '{name}' in {store.database_of(workspace, config.tracking) or config.tracking.uri}",
             wanted="a variant, a run's id, or a registered student such as mind-smollm2-135m@mind",
             do="`mind run` makes runs; `mind up` shows them",
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -145,7 +146,23 @@ def read_jsonl(path: Path, kind: type[R]) -> Iterator[R]:
                 yield _parsed(path, number, line, kind)
 
 
-class Rows(Sequence[R]):
+class Lazy(Sequence[T]):
+    """A sequence that makes an item when it is asked for; a slice of it is made of the same items, no earlier."""
+
+    @abstractmethod
+    def item(self, place: int) -> T:
+        """The one at `place`, 0 <= place < len."""
+
+    @overload
+    def __getitem__(self, place: int) -> T: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[T]: ...
+    def __getitem__(self, place: int | slice) -> T | Sequence[T]:
+        places = range(len(self))[place]
+        return Subset(self, places) if isinstance(places, range) else self.item(places)
+
+
+class Rows(Lazy[R]):
     """The rows of a JSON Lines file, each read when it is asked for: what stands in memory does not grow with the rows' size.
 
     Raises:
@@ -169,20 +186,13 @@ class Rows(Sequence[R]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, place: int) -> R: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[R]: ...
-    def __getitem__(self, place: int | slice) -> R | Sequence[R]:
-        if isinstance(place, slice):
-            return Subset(self, range(len(self))[place])
-        place = range(len(self))[place]
+    def item(self, place: int) -> R:
         start, end = self._starts[place], self._starts[place + 1]  # of this row and the next: blank lines between do not matter
         return _parsed(self._path, self._numbers[place], os.pread(self._file, end - start, start), self._kind)
 
 
-class Subset(Sequence[T]):
-    """The items at some places of a sequence, each taken when it is asked for."""
+class Subset(Lazy[T]):
+    """The items at some places of a sequence."""
 
     def __init__(self, whole: Sequence[T], places: Sequence[int]) -> None:
         self._whole, self._places = whole, places
@@ -190,13 +200,7 @@ class Subset(Sequence[T]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, place: int) -> T: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[T]: ...
-    def __getitem__(self, place: int | slice) -> T | Sequence[T]:
-        if isinstance(place, slice):
-            return Subset(self._whole, self._places[place])
+    def item(self, place: int) -> T:
         return self._whole[self._places[place]]
 
 

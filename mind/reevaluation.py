@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from mind import outputs, tracking
+from mind import outputs, registry, tracking
 from mind.config import AnyMethod, Config, Student
 from mind.errors import DataError
 from mind.records import write_jsonl
@@ -37,7 +37,7 @@ class Pending:
     digest: str  # of its questions
     questions: int
     fingerprint: str  # of the student's run
-    version: tracking.Version | None  # None: the untouched student
+    version: registry.Version | None  # None: the untouched student
 
     def __str__(self) -> str:
         return f"{self.variant} ({self.student}) on {self.benchmark}: {self.questions} questions"
@@ -109,7 +109,7 @@ def evaluate(config: Config, workspace: Workspace, pending: Pending) -> Result:
         who = _examinee(pending, folder)
         rows = scoring.graded(benchmark, answering.answer([benchmark], who, config.evaluation, workspace, config.seed)[0])
         result = scoring.score(benchmark, rows)
-        tags = tracking.run_tags(workspace, config.tracking, pending.fingerprint) or {}
+        tags = registry.run_tags(workspace, config.tracking, pending.fingerprint) or {}
         before = scoring.latest(tags, benchmark.name)
         _track(config, workspace, pending, result, rows)
     return Result(pending, _accuracy(result["correct"], result["n"]), _accuracy(*before) if before else None)
@@ -146,16 +146,16 @@ def _benchmarks(config: Config, workspace: Workspace) -> list[Benchmark]:
     return [load(name, workspace, config.evaluation.limit) for name in dict.fromkeys([*config.evaluation.benchmarks, *own])]
 
 
-def _students(config: Config, workspace: Workspace) -> Iterator[tuple[str, str, str, Any, tracking.Version | None]]:
+def _students(config: Config, workspace: Workspace) -> Iterator[tuple[str, str, str, Any, registry.Version | None]]:
     """Variant, name, fingerprint and tags of the untouched students that were evaluated here, and of all in the registry."""
     for variant, settings in config.variants.items():
         manifest = workspace.student(variant) / outputs.MANIFEST
         if settings.method.method == "base" and manifest.is_file():
             fingerprint = outputs.read_manifest(workspace.student(variant))["fingerprint"]
-            tags = tracking.run_tags(workspace, config.tracking, fingerprint)
+            tags = registry.run_tags(workspace, config.tracking, fingerprint)
             if tags is not None:
                 yield variant, "untrained", fingerprint, tags, None
-    for version in tracking.versions(workspace, config.tracking):
+    for version in registry.versions(workspace, config.tracking):
         yield version.variant, f"{version.model}@{version.number}", version.fingerprint, version.tags, version
 
 
@@ -174,7 +174,7 @@ def _folder_of(config: Config, workspace: Workspace, pending: Pending) -> Iterat
         yield own
         return
     with tempfile.TemporaryDirectory() as name:
-        yield tracking.fetch(workspace, config.tracking, version, Path(name))
+        yield registry.fetch(workspace, config.tracking, version, Path(name))
 
 
 def _examinee(pending: Pending, folder: Path) -> Any:

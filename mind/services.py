@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from mind import prefect_store, tracking, versioning
+from mind import prefect_store, store, versioning
 from mind.config import Config
 from mind.errors import ConfigError, MindError
 from mind.processes import see_off
@@ -114,7 +114,7 @@ def up(workspace: Workspace, config: Config, *, host: str, prefect_port: int | N
     chosen = (port(host, prefect_port, 4200), port(host, mlflow_port, 5000))
     names = list(dict.fromkeys([*LOOPBACK, host, *allow]))
     with _only_one(workspace):
-        tracking.make_store(workspace, config.tracking)
+        store.make_store(workspace, config.tracking)
         services = list(_services(workspace, config, host, chosen, names, public))
         with stopping(services):
             _start(workspace, services)
@@ -275,12 +275,12 @@ def _services(
     }
     uvicorn = [*SERVER, "--host", host, "--port", str(ports[0]), "--no-access-log"]
     yield Service("the Prefect server", uvicorn, lambda: _healthy(f"{prefect}/api/health"), logs / "prefect.log", {**own, **served})
-    database = tracking.database_of(workspace, config.tracking)
+    database = store.database_of(workspace, config.tracking)
     if database is not None:
         yield Service("MLflow", _mlflow(database, host, ports[1]), lambda: _healthy(f"{mlflow}/health"), logs / "mlflow.log", _pages(names))
     worker = f"mind-{os.getpid()}"
     start = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--limit", "1", "--name", worker]
-    pages = {tracking.PAGES: f"http://{public}:{ports[1]}"} if database is not None else {}
+    pages = {store.PAGES: f"http://{public}:{ports[1]}"} if database is not None else {}
     yield Service("the worker", start, lambda: _online(own, worker), logs / "worker.log", {**own, **pages})
 
 
@@ -292,7 +292,7 @@ def _mlflow(database: Path, host: str, number: int) -> list[str]:
 def _pages(names: Sequence[str]) -> dict[str, str]:
     allowed = ",".join(f"{name},{name}:*" for name in names)
     return {
-        **tracking.QUIET,
+        **store.QUIET,
         "MLFLOW_SERVER_ALLOWED_HOSTS": allowed,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes for features that nothing here uses
     }
@@ -327,7 +327,7 @@ def deploy(workspace: Workspace, variables: Mapping[str, str], log: Path) -> Non
 
 def _say(workspace: Workspace, config: Config, public: str, ports: tuple[int, int]) -> None:
     prefect = f"http://{public}:{ports[0]}"
-    mlflow = f"http://{public}:{ports[1]}" if tracking.database_of(workspace, config.tracking) else config.tracking.uri
+    mlflow = f"http://{public}:{ports[1]}" if store.database_of(workspace, config.tracking) else config.tracking.uri
     if public not in LOOPBACK:
         console.print("Whoever reaches these addresses can start runs: neither server asks for a password.", style="yellow")
     places = f"Prefect   {prefect}\nMLflow    {mlflow}\nlogs      {workspace.caches / 'services'}"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from mind import answering, forgetting, tracking
+from mind import answering, forgetting, registry, store, tracking
 from mind.answering import Answer
 from mind.benchmarks.loading import Benchmark, load
 from mind.config import Config, Run
@@ -120,8 +120,8 @@ def test_the_results_are_in_the_students_run(home: Path, workspace: Workspace) -
     config = settings(home, latent={"questions": 8})
     evaluate.run(config, workspace, "base")
     metrics = json.loads((workspace.report("base") / "metrics.json").read_text())
-    run_id = tracking.find_run(workspace, config.tracking, "f" * 64)
-    client = MlflowClient(f"sqlite:///{tracking.database_of(workspace, config.tracking)}")
+    run_id = registry.find_run(workspace, config.tracking, "f" * 64)
+    client = MlflowClient(f"sqlite:///{store.database_of(workspace, config.tracking)}")
     stored = client.get_run(run_id).data.metrics
     for name in ("primer", "choice"):
         for key in ("accuracy", "ci_low", "ci_high"):
@@ -224,8 +224,8 @@ def test_what_was_forgotten_is_on_the_students_run(home: Path, workspace: Worksp
     with tracking.open_run(workspace, config.tracking, name="mind", fingerprint="forgot-mind"):
         pass
     forgetting.record(workspace, config)
-    client = MlflowClient(f"sqlite:///{tracking.database_of(workspace, config.tracking)}")
-    run = client.get_run(tracking.find_run(workspace, config.tracking, "forgot-mind"))
+    client = MlflowClient(f"sqlite:///{store.database_of(workspace, config.tracking)}")
+    run = client.get_run(registry.find_run(workspace, config.tracking, "forgot-mind"))
     assert run.data.metrics == {"eval/forgot": pytest.approx(1 / 3), "eval/primer/forgot": 0.5, "eval/yesno/forgot": 0.0}
     assert run.data.tags["mind.reference"] == "base"
     forgetting.record(workspace, config)  # nothing new: the run is left alone

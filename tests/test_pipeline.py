@@ -14,7 +14,7 @@ from mind.config import Config
 from mind.stages.__main__ import STAGES
 
 ROOT = Path(__file__).parent.parent
-TELLS = {"errors", "memory", "outputs", "progress", "tracking", "versioning", "workspace"}
+TELLS = {"errors", "memory", "outputs", "progress", "registry", "store", "tracking", "versioning", "workspace"}
 """Modules that report, name or move results and do not decide them: a change there must not train a student again."""
 
 

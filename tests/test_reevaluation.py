@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from mind import config, doors, outputs, params, reevaluation, scoring, tracking
+from mind import config, doors, outputs, params, reevaluation, registry, scoring, store, tracking
 from mind.config import Config
 from mind.params import validate
 from mind.reevaluation import Accuracy, Pending, Result
@@ -74,8 +74,8 @@ def test_a_pair_is_measured_once_and_again_when_its_questions_change(home: Works
     assert [result.old for result in results] == [None, None] and not any(result.regression for result in results)
     assert reevaluation.pending(settings, home) == []
 
-    client = MlflowClient(f"sqlite:///{tracking.database_of(home, settings.tracking)}")
-    run_id = tracking.find_run(home, settings.tracking, "mind" * 8)
+    client = MlflowClient(f"sqlite:///{store.database_of(home, settings.tracking)}")
+    run_id = registry.find_run(home, settings.tracking, "mind" * 8)
     run = client.get_run(run_id)
     assert run.data.metrics["eval/sums/accuracy"] == results[1].new.value and run.info.status == "FINISHED"
     assert scoring.latest(run.data.tags, "sums") == (results[1].new.correct, LIMIT)

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mind import doctor, tracking
+from mind import doctor, registry, store, tracking
 from mind.config import Tracking
 from mind.errors import MindError, PassingError
 from mind.params import validate
@@ -72,7 +72,7 @@ def workspace(race: SimpleNamespace, tmp_path: Path) -> Workspace:
 
 def client_of(workspace: Workspace) -> Any:
     uri = f"sqlite:///{workspace.root}/mlflow/mlflow.db"
-    return tracking._mlflow().tracking.MlflowClient(uri, uri)
+    return store.library().tracking.MlflowClient(uri, uri)
 
 
 def points(workspace: Workspace, run_id: str, key: str) -> list[tuple[int, float]]:
@@ -85,7 +85,7 @@ def points(workspace: Workspace, run_id: str, key: str) -> list[tuple[int, float
 def test_three_processes_may_open_a_fresh_database_at_once(race: SimpleNamespace) -> None:
     assert race.codes == [0, -signal.SIGKILL], race.outputs
     for name, status in (("here", "FINISHED"), ("one", "FINISHED"), ("killed", "RUNNING")):
-        run_id = tracking.find_run(Workspace(race.root), RACE, name)
+        run_id = registry.find_run(Workspace(race.root), RACE, name)
         assert run_id
         assert client_of(Workspace(race.root)).get_run(run_id).info.status == status
         assert points(Workspace(race.root), run_id, "train/loss") == [(step, step / 10) for step in range(5)]
@@ -96,7 +96,7 @@ def test_nothing_is_printed_while_all_goes_well(race: SimpleNamespace) -> None:
 
 
 def test_a_killed_run_is_continued_without_storing_a_point_twice(workspace: Workspace) -> None:
-    killed = tracking.find_run(workspace, RACE, "killed")
+    killed = registry.find_run(workspace, RACE, "killed")
     with tracking.open_run(workspace, RACE, name="killed", fingerprint="killed", params={"lr": 2, "epochs": 3}) as run:
         assert run.id == killed
         for step in range(3, 7):
@@ -110,9 +110,9 @@ def test_a_killed_run_is_continued_without_storing_a_point_twice(workspace: Work
 
 def test_the_database_of_an_overridden_run_is_that_of_its_home(tmp_path: Path) -> None:
     derived = Workspace(tmp_path / ".mind" / "workspaces" / "abc")
-    assert tracking.database_of(derived, Tracking()) == tmp_path / "mlflow" / "mlflow.db"
-    assert tracking.database_of(derived, Tracking(uri="sqlite:////data/runs.db")) == Path("/data/runs.db")
-    assert tracking.database_of(derived, Tracking(uri="http://server:5000")) is None
+    assert store.database_of(derived, Tracking()) == tmp_path / "mlflow" / "mlflow.db"
+    assert store.database_of(derived, Tracking(uri="sqlite:////data/runs.db")) == Path("/data/runs.db")
+    assert store.database_of(derived, Tracking(uri="http://server:5000")) is None
 
 
 # ------------------------------------------------------------------------ runs
@@ -131,7 +131,7 @@ def test_how_a_run_ends_is_stored_and_its_values_are_kept(workspace: Workspace, 
             body()
     else:
         body()
-    run_id = tracking.find_run(workspace, Tracking(), "f")
+    run_id = registry.find_run(workspace, Tracking(), "f")
     assert run_id
     assert client_of(workspace).get_run(run_id).info.status == status
     assert points(workspace, run_id, "train/loss") == [(7, 1.5)]
@@ -150,8 +150,8 @@ def test_a_finished_run_is_continued_only_when_asked_and_then_new_values_superse
     assert client_of(workspace).get_run(first).data.metrics["eval/primer/accuracy"] == 0.4
     second = evaluate(0.5, resume=False)
     assert second != first
-    assert tracking.find_run(workspace, Tracking(), "f") == second
-    assert tracking.find_run(workspace, Tracking(), "another") is None
+    assert registry.find_run(workspace, Tracking(), "f") == second
+    assert registry.find_run(workspace, Tracking(), "another") is None
 
 
 def test_the_doctor_counts_the_runs(race: SimpleNamespace) -> None:
@@ -160,7 +160,7 @@ def test_the_doctor_counts_the_runs(race: SimpleNamespace) -> None:
 
 
 def test_looking_for_a_run_makes_no_database(tmp_path: Path) -> None:
-    assert tracking.find_run(Workspace(tmp_path), Tracking(), "f") is None
+    assert registry.find_run(Workspace(tmp_path), Tracking(), "f") is None
     assert not list(tmp_path.iterdir())
 
 
@@ -263,7 +263,7 @@ def test_a_registered_student_comes_back_bit_by_bit(workspace: Workspace, studen
     with tracking.open_run(workspace, Tracking(), name="v2", fingerprint="f") as run:
         address = run.register(student, "mind-org/smollm2:135m", "v2")
     assert address == "models:/mind-org-smollm2-135m@variant-v2"
-    mlflow = tracking._mlflow()
+    mlflow = store.library()
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{workspace.root}/mlflow/mlflow.db")  # as a user does, by MLFLOW_TRACKING_URI
     try:
@@ -313,7 +313,7 @@ def test_whatever_fails_every_point_is_sent_once_and_in_order(failures: list[boo
         patch.setattr(tracking, "FLUSH_SECONDS", 0.001)
         patch.setattr(tracking, "LAST_TRIES_SECONDS", 0.001)
         patch.setattr(tracking, "MAX_BACKOFF", 0.002)
-        patch.setattr(tracking, "_say", lambda text: None)
+        patch.setattr(store, "say", lambda text: None)
         writer = tracking._Writer(send)
         start = 0
         for size in sizes:
@@ -340,7 +340,7 @@ def test_what_waits_is_bounded_and_the_oldest_go(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.0)
     monkeypatch.setattr(tracking, "LAST_TRIES_SECONDS", 0.01)
     said: list[str] = []
-    monkeypatch.setattr(tracking, "_say", said.append)
+    monkeypatch.setattr(store, "say", said.append)
 
     def down(batch: list[tracking.Point]) -> None:
         raise OSError("down")
@@ -368,7 +368,7 @@ def test_values_are_stored_while_the_run_is_open(workspace: Workspace, monkeypat
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
-    monkeypatch.setattr(tracking, "_say", lines.append)
+    monkeypatch.setattr(store, "say", lines.append)
     for name, value in (("FLUSH_SECONDS", 0.05), ("LAST_TRIES_SECONDS", 0.05), ("CLOSE_SECONDS", 0.2), ("RETRY_SECONDS", (0.01,))):
         monkeypatch.setattr(tracking, name, value)
     return lines
@@ -437,7 +437,7 @@ def refusing_server() -> Iterator[str]:
 
 def test_a_server_that_wants_credentials_is_no_passing_failure(tmp_path: Path, refusing_server: str) -> None:
     with pytest.raises(MindError, match="MLFLOW_TRACKING_TOKEN") as caught:
-        tracking.find_run(Workspace(tmp_path), Tracking(uri=refusing_server), "f")
+        registry.find_run(Workspace(tmp_path), Tracking(uri=refusing_server), "f")
     assert not isinstance(caught.value, PassingError)
 
 
@@ -451,14 +451,14 @@ def test_a_server_that_wants_credentials_is_no_passing_failure(tmp_path: Path, r
 def test_a_database_that_cannot_be_used_says_how_to_mend_it(workspace: Workspace, damage: str, advice: str) -> None:
     sql(workspace, damage)
     with pytest.raises(MindError, match=advice):
-        tracking.find_run(workspace, RACE, "one")
+        registry.find_run(workspace, RACE, "one")
 
 
 def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     (tmp_path / "mlflow").mkdir()
     (tmp_path / "mlflow" / "mlflow.db").write_bytes(b"hello" * 1000)
     with pytest.raises(MindError, match=r"mlflow\.db cannot be used"):
-        tracking.find_run(Workspace(tmp_path), Tracking(), "f")
+        registry.find_run(Workspace(tmp_path), Tracking(), "f")
 
 
 # ------------------------------------------------------------------------ doors
@@ -472,9 +472,9 @@ def test_an_address_that_cannot_be_a_store_is_refused(uri: str) -> None:
 
 def test_the_hint_opens_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    hint = tracking.ui_hint(Workspace(tmp_path), Tracking())
+    hint = store.ui_hint(Workspace(tmp_path), Tracking())
     assert hint.endswith("mlflow server --workers 1 --backend-store-uri sqlite:///mlflow/mlflow.db")
-    elsewhere = tracking.ui_hint(Workspace(tmp_path / "a b"), Tracking())
+    elsewhere = store.ui_hint(Workspace(tmp_path / "a b"), Tracking())
     assert elsewhere.endswith("'sqlite:///a b/mlflow/mlflow.db'")
-    assert tracking.ui_hint(Workspace(Path("/far")), Tracking()).endswith(" sqlite:////far/mlflow/mlflow.db")
-    assert tracking.ui_hint(Workspace(tmp_path), Tracking(uri="http://server:5000")) == "http://server:5000"
+    assert store.ui_hint(Workspace(Path("/far")), Tracking()).endswith(" sqlite:////far/mlflow/mlflow.db")
+    assert store.ui_hint(Workspace(tmp_path), Tracking(uri="http://server:5000")) == "http://server:5000"

@@ -311,13 +311,13 @@ def _show(outcome: Outcome, config: Config) -> None:
 
 def _track(outcome: Outcome, config: Config, workspace: Workspace) -> None:
     """A run `synthesize` in MLflow: what was bought, and the table. A run that bought nothing new is tracked already."""
-    from mind import tracking
+    from mind import registry, tracking
 
     manifest = outputs.read_manifest(workspace.rationales)
     fingerprint = outputs.digest_json(manifest)
     # an experiment of its own: in the other one a run is a variant, and the page that compares them stays a table of students
     settings = config.tracking.model_copy(update={"experiment": f"{config.tracking.experiment}-synthesis"})
-    if not outcome.bought and tracking.find_run(workspace, settings, fingerprint):
+    if not outcome.bought and registry.find_run(workspace, settings, fingerprint):
         return
     params = flatten(manifest["config"])
     with tracking.open_run(

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from filelock import FileLock
 from pydantic import TypeAdapter
@@ -22,7 +22,7 @@ from mind import progress
 from mind.errors import DataError
 from mind.methods.base import Method
 from mind.outputs import stage_output
-from mind.records import Example, Subset
+from mind.records import Example, Lazy
 from mind.training.layout import Encoded
 
 QUESTIONS, STARTS, SUMMARY = "questions.jsonl", "starts.bin", "summary.json"
@@ -108,7 +108,7 @@ def _encoded(tokenizer: Any, method: Method, examples: Sequence[Example], limit:
         raise DataError(f"none of {len(examples)} questions has a view to train on", wanted="at least one", do="look into the dataset")
 
 
-class _Stored(Sequence[Encoded]):
+class _Stored(Lazy[Encoded]):
     """Questions on disk: in memory stands where each begins, eight bytes a question."""
 
     def __init__(self, folder: Path, kind: type[Encoded]) -> None:
@@ -120,13 +120,6 @@ class _Stored(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @overload
-    def __getitem__(self, place: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[Encoded]: ...
-    def __getitem__(self, place: int | slice) -> Encoded | Sequence[Encoded]:
-        if isinstance(place, slice):
-            return Subset(self, range(len(self))[place])
-        place = range(len(self))[place]
+    def item(self, place: int) -> Encoded:
         start, end = self._starts[place], self._starts[place + 1]
         return self._codec.validate_json(os.pread(self._file, end - start, start))
