@@ -21,11 +21,7 @@ RUNS_A_CALL = 500
 
 def find_run(workspace: Workspace, settings: Tracking, fingerprint: str) -> str | None:
     """The id of the latest run of `fingerprint`, or None. Raises as `tracking.open_run`."""
-    with store.reading(workspace, settings) as opened:
-        if opened is None:
-            return None
-        client, experiment = opened
-        found = store.latest(client, experiment, fingerprint)
+    found = _latest(workspace, settings, fingerprint)
     return found.info.run_id if found else None
 
 
@@ -73,15 +69,11 @@ def finished_runs(workspace: Workspace, settings: Tracking) -> Iterator[list[Fin
 
 def page(workspace: Workspace, settings: Tracking, fingerprint: str) -> str | None:
     """Where MLflow's pages show the latest run of `fingerprint`: its address, or its id while no pages are served; None without a run."""
-    with store.reading(workspace, settings) as opened:
-        if opened is None:
-            return None
-        client, experiment = opened
-        found = store.latest(client, experiment, fingerprint)
+    found = _latest(workspace, settings, fingerprint)
     pages = os.environ.get(store.PAGES) if store.database_of(workspace, settings) else settings.uri.rstrip("/")
     if found is None or not pages:
         return found.info.run_id if found else None
-    return f"{pages}/#/experiments/{experiment}/runs/{found.info.run_id}"
+    return f"{pages}/#/experiments/{found.info.experiment_id}/runs/{found.info.run_id}"
 
 
 def look_up(workspace: Workspace, settings: Tracking, name: str) -> dict[str, Any] | None:
@@ -193,11 +185,7 @@ def versions(workspace: Workspace, settings: Tracking) -> list[Version]:
 
 def run_tags(workspace: Workspace, settings: Tracking, fingerprint: str) -> dict[str, str] | None:
     """The tags of the latest run of `fingerprint`; None without one. Raises as `tracking.open_run`."""
-    with store.reading(workspace, settings) as opened:
-        if opened is None:
-            return None
-        client, experiment = opened
-        found = store.latest(client, experiment, fingerprint)
+    found = _latest(workspace, settings, fingerprint)
     return dict(found.data.tags) if found else None
 
 
@@ -207,6 +195,11 @@ def fetch(workspace: Workspace, settings: Tracking, version: Version, folder: Pa
         client, _ = store.connect(workspace, settings)
         download = store.library().artifacts.download_artifacts
         return Path(download(artifact_uri=version.source, dst_path=str(folder), tracking_uri=client.tracking_uri))
+
+
+def _latest(workspace: Workspace, settings: Tracking, fingerprint: str) -> Any | None:
+    with store.reading(workspace, settings) as opened:
+        return store.latest(*opened, fingerprint) if opened else None
 
 
 def _pages(search: Callable[..., Any]) -> Iterator[Any]:
