@@ -26,6 +26,8 @@ def runner(settings: Parallel) -> TaskRunner[Any]:
         ConfigError: Ray is not installed.
     """
     if settings.engine == "processes":
+        # Ctrl-C leaves the pool's semaphores to Python's resource tracker: it removes them, and would warn of that
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
         return ProcessPoolTaskRunner(max_workers=settings.processes)
     if settings.address is None:
         os.environ |= ALONE  # read when Ray is imported, and by the processes that it starts
