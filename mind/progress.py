@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -60,8 +61,14 @@ class Bar:
             self._progress.update(self._task, completed=self.done + self.begun, note=text)
         elif time.monotonic() - self.said >= LOG_SECONDS:
             self.said = time.monotonic()
-            left = (self.total - self.done - self.begun) / max(self.rate(), 1e-9)
-            print(f"{self.label}: {self.done}/{self.total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"{self.label}: {self.done}/{self.total}  {text}  {self._left()}".rstrip(), file=sys.stderr, flush=True)
+
+    def _left(self) -> str:
+        """Nothing while less than a hundredth is done: what goes before the first unit (loading, prompts) would be taken for its rate."""
+        done, wanted = self.done + self.begun - self.resumed, self.total - self.resumed
+        if done < wanted / 100:
+            return ""
+        return f"{timedelta(seconds=round((wanted - done) / max(self.rate(), 1e-9)))} left"
 
     def _tell(self, text: str) -> None:
         file = os.environ.get(FILE)
