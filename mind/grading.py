@@ -1,13 +1,15 @@
 """Answer text -> extracted answer -> right or wrong. The one grader of the teacher's judge and of the evaluation.
 
 What is read, in this order:
-1. the last explicit statement in the text: "The answer is X", "Answer: X", `\\boxed{X}` or `#### X`;
+1. the last explicit statement in the text that states something: "The answer is X", "Answer: X", `\\boxed{X}` or `#### X`, but not the
+   instruction said again ("The answer is <letter>") nor one that is cut off ("The answer is");
 2. without one, what the text ends on: its last number; the last expression; the option that the last line names (else the option
    that the first line consists of, for students who answer first); the last sentence that begins and ends with "yes" or "no".
 
-An answer that names several candidates ("5 or 6", "A and C", "yes or no", a list of options at the end) is no answer. Numbers are
-digits: "a dozen" is left wrong on purpose, because a grader that guesses at words cannot be checked. Currency, percent signs and units
-are passed over, so 50 % equals 50 and not 0.5. Nothing here takes longer than `MATH_SECONDS` for an answer, or raises for any text.
+An answer that names several candidates ("5 or 6", "A and C", "yes or no") is no answer, and nor is a list of the options, or a walk
+through them, that the text ends in. Numbers are digits: "a dozen" is left wrong on purpose, because a grader that guesses at words
+cannot be checked. Currency, percent signs and units are passed over, so 50 % equals 50 and not 0.5. Nothing here takes longer than
+`MATH_SECONDS` for an answer, or raises for any text.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
+from mind.prompts import INSTRUCTIONS
 from mind.records import Kind
 
 MATH_SECONDS = 5.0
@@ -106,6 +109,7 @@ def split_answer_line(text: str) -> tuple[str, str | None]:
 
 _FINAL_LINE = re.compile(r"(?:^|[.!?:;)]\s)\s*(?P<sentence>[*_#>\s]{0,6}the (?:final |correct )?answer is:?)", re.IGNORECASE)
 _STATEMENT = re.compile(r"\banswer[*_]*\s?(?:is\b|:|=)[*_]*:?(?!\s*not\b)\s*|####[ \t]*|\\boxed\s*\{", re.IGNORECASE)
+_PLACEHOLDERS = tuple(re.findall(r"<[^>]+>", "".join(INSTRUCTIONS.values())))
 _SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u00a0": " ", "\u202f": " ", "\u2019": "'"})  # minus, dash, hard spaces, apostrophe
 
 
@@ -115,13 +119,11 @@ def _plain(text: str) -> str:
 
 def _last_statement(text: str) -> str | None:
     """What the last explicit statement says: the rest of its line, or the content of its box."""
-    statements = list(_STATEMENT.finditer(text))
-    if not statements:
-        return None
-    last = statements[-1]
-    if last[0].endswith("{"):
-        return _braced(text, last.end())
-    return text[last.end() :].split("\n", 1)[0].strip()
+    for found in reversed(list(_STATEMENT.finditer(text))):
+        said = _braced(text, found.end()) if found[0].endswith("{") else text[found.end() :].split("\n", 1)[0]
+        if said.strip() and not said.startswith(_PLACEHOLDERS):
+            return said.strip()
+    return None
 
 
 def _braced(text: str, start: int) -> str:
@@ -210,6 +212,8 @@ def _gold_number(text: str) -> str | None:
 # ------------------------------------------------------------------------ options
 
 _LEADING = re.compile(r"^(?:option |choice )?[(\[]?(?P<letter>[A-Za-z])(?:[)\].:]+(?:\s+(?P<rest>.*))?|\s*)$", re.IGNORECASE)
+_LABEL = re.compile(r"[\s\d.*_#-]*(?:[Oo]ption |[Cc]hoice )?\(?(?P<letter>[A-Z])[).:\]]")
+_BULLET = re.compile(r"\s*[-*\u2022]\s")
 _LETTER = re.compile(r"(?<![A-Za-z'])(?:\(([A-Za-z])\)|([A-Z])(?![A-Za-z'-]))")
 _ARTICLE = re.compile(r"A (?!because\b|since\b|as\b|for\b|and\b|or\b|is\b)[a-z]")
 _DENIED = re.compile(r"\b(?:not|isn't)\s+(?:option )?\(?[A-Z]\b")
@@ -256,9 +260,9 @@ def _named(line: str, choices: Sequence[str]) -> str | None:
 
 
 def _unstated_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The option that the last line names, else the one that the first line is; but a list of the options chooses none of them."""
+    """The option that the last line names, else the one that the first line is; but going through the options chooses none of them."""
     lines = [line for line in text.splitlines() if line.strip()]
-    if not _lists(lines[-2:], choices) and (named := _named(_last_line(text), choices)):
+    if not (_lists(lines[-2:], choices) or _walks(lines)) and (named := _named(_last_line(text), choices)):
         return named
     return None if _lists(lines[:2], choices) else _is(_first_line(text), choices)
 
@@ -267,6 +271,14 @@ def _lists(lines: Sequence[str], choices: Sequence[str]) -> bool:
     """Whether these two lines are two different options."""
     options = {_is(line, choices) for line in lines}
     return len(options) == 2 and None not in options
+
+
+def _walks(lines: Sequence[str]) -> bool:
+    """Whether the lines end under the label of one option ("C) no, ...") and the label before was that of the one before ("B) no, ...")."""
+    found = [(_LABEL.match(line), line) for line in lines]
+    labels = [label["letter"] if label else "" for label, line in found if label or not _BULLET.match(line)]
+    earlier = [label for label in labels[:-1] if label]
+    return bool(earlier and labels[-1]) and ord(labels[-1]) == ord(earlier[-1]) + 1
 
 
 def _by_text(words: str, options: dict[str, str]) -> str | None:
@@ -306,7 +318,8 @@ def _same_yesno(answer: str, gold: str) -> bool:
 
 # ---------------------------------------------------------------------- expressions
 
-_FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.DOTALL)
+_FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.{1,400}?)(?:\\\)|\Z)|\\\[(.{1,400}?)(?:\\\]|\Z)", re.DOTALL)
+"""The last one may be cut off: what stood before it is not what the text ends on."""
 
 
 def _expression(statement: str) -> str | None:

@@ -130,6 +130,7 @@ def test_nothing_asked_nothing_answered(tokenizer: Any) -> None:
         ("So the answer is the sum of 3 and 4.\n", False),  # reasoning
         ("The answer is 7.", False),  # 7.5 may follow
         ("The answer is:\n", False),  # it stands on the next line
+        ('It says "The answer is <letter>."\n', False),  # the instruction said again
         ("3 + 4 = 7.\n", False),
     ],
 )
@@ -166,7 +167,13 @@ def test_a_student_that_goes_on_is_stopped_after_its_answer(window: int | None, 
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"), [("The answer is 12.\n", "12"), ("Answer is: yes", "yes"), ("The answer is 3.\nNo, the answer is 4.5.\nSo", "4.5")]
+    ("text", "answer"),
+    [
+        ("The answer is 12.\n", "12"),
+        ("Answer is: yes", "yes"),
+        ("The answer is 3.\nNo, the answer is 4.5.\nSo", "4.5"),
+        ("The answer is B.\nThe answer is <letter>.", "B"),
+    ],
 )
 def test_confidence_is_of_the_last_stated_answer_alone(text: str, answer: str, tokenizer: Any) -> None:
     start = text.rindex(answer)

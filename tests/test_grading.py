@@ -50,6 +50,9 @@ OPTIONS = ("annoy", "eat meat", "open doors", "a bank", "a bank account")
         ("The answer is not 5. It is 6.", "6"),
         ("The answer is .5", "0.5"),
         ("The answer is 2e3.", "2000"),
+        ("The answer is 12.\n\nThe answer is <number>.", "12"),  # the instruction said again states nothing
+        ("3 + 4 = 7.\n\nSo the answer is", "7"),  # cut off
+        ("Number of ducks = 300 / 50 = 6, which is \\(\\boxed{", "6"),
     ],
 )
 def test_numbers_that_are_right(text: str, gold: str) -> None:
@@ -118,6 +121,8 @@ def test_different_numbers_differ(one: int, other: int) -> None:
         "C) open doors\n\nStep 1: a cat reaches the handle.\nStep 2: and then",  # answers first, then is cut off
         "\\boxed{\\text{C}}",
         "Answer: C) annoy",  # the letter wins over the text
+        "The correct answer is C) open doors. Doors open.\n\nThe answer is <letter>.",
+        "A) annoy: no.\nB) eat meat: no.\nC) open doors: yes.\nD) a bank: no.\n\nC) open doors",
     ],
 )
 def test_options_that_are_right(text: str) -> None:
@@ -137,6 +142,9 @@ def test_options_that_are_right(text: str) -> None:
         "The answer is not C.",
         "A\nB\nC) open doors",  # the options said again, and none of them chosen
         "C\nD\nNow, a cat is a clever animal",
+        "A) annoy: cats do.\n\nB) eat meat: cats do.\n\nC) open doors: cats rarely",  # cut off while it goes through the options
+        "2. **Option B: eat meat**\n   - Cats do.\n\n3. **Option C:",
+        "- **B) eat meat**\n- **C) open doors**\n  - A cat may open doors",
     ],
 )
 def test_several_options_or_none_are_wrong(text: str) -> None:
@@ -203,7 +211,15 @@ def test_expressions_that_are_right(text: str, gold: str) -> None:
     assert grade(text, gold, "math").correct
 
 
-@pytest.mark.parametrize(("text", "gold"), [("The answer is 2/3.", "\\frac12"), ("Hm.", "1"), ("The answer is \\frac{1", "1")])
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("The answer is 2/3.", "\\frac12"),
+        ("Hm.", "1"),
+        ("The answer is \\frac{1", "1"),
+        ("\\[ x = \\frac15 + \\frac23 \\]\nand \\[ \\frac15 = \\frac{3}{15}", "\\frac{13}{15}"),  # cut off long before its result
+    ],
+)
 def test_expressions_that_are_wrong(text: str, gold: str) -> None:
     assert not grade(text, gold, "math").correct
 
