@@ -53,7 +53,7 @@ def sliding() -> Any:
     return AutoModelForCausalLM.from_config(MistralConfig(**shape), attn_implementation="sdpa").eval()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma", "lfm2"])
 def test_equals_transformers(architecture: str, tokenizer: Any) -> None:
     model = ending(tiny.model(architecture))
     ids = prompts(8)

@@ -6,12 +6,13 @@ student = tiny.load()                               # a LoadedStudent in memory
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import Gemma2Config, GemmaConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import Gemma2Config, GemmaConfig, Lfm2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from transformers.models.auto import AutoModelForCausalLM
 
 from mind.records import PERSPECTIVES, Example, MistakenView
@@ -35,8 +36,14 @@ SHAPE = {
     "eos_token_id": 257,
     "pad_token_id": 258,
 }
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma": GemmaConfig, "gemma2": Gemma2Config}
-"""Gemma 2 caps its logits and slides its attention window in every other layer."""
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
+    "lfm2": partial(Lfm2Config, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+}
+"""Gemma 2 caps its logits and slides its attention window in every other layer; LFM2 convolves where others attend."""
 
 
 def tokenizer() -> Any:

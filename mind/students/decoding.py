@@ -23,6 +23,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
+from mind.students.loading import only_attends
+
 REFILL = 0.75
 """New prompts are admitted when the batch has shrunk to this share: one big prefill is cheaper than many small ones."""
 
@@ -103,7 +105,7 @@ def generate(
     for group in _of_like_length(prompts, max_new_tokens):
         longest = len(prompts[group[0]]) + max_new_tokens
         capacity = max(1, min(len(group), batch_tokens // longest))
-        decode = _decode if _attends_to_all(model.config, longest) else _decode_plainly
+        decode = _decode if only_attends(model) and _attends_to_all(model.config, longest) else _decode_plainly
         decode(model, _Work({index: prompts[index] for index in group}, capacity, longest, ends, pick, finish, on_step))
     return [done[index] for index in range(len(prompts))]
 
@@ -355,7 +357,7 @@ class _Stop(StoppingCriteria):
 
 
 def _decode_plainly(model: Any, work: _Work) -> None:
-    """The same through `transformers.generate`: padded on the left. For sliding windows and mixed layers."""
+    """The same through `transformers.generate`: padded on the left. For sliding windows, and layers that do not only attend."""
     device = next(model.parameters()).device
     order = list(work.prompts)
     for start in range(0, len(order), work.capacity):

@@ -120,6 +120,12 @@ def save_student(student: LoadedStudent, settings: config.Student, folder: Path)
         student.tokenizer.save_pretrained(folder / TOKENIZER)
 
 
+def only_attends(model: Any) -> bool:
+    """Whether tokens of one row meet in attention alone, where a mask can part them: layers that convolve or recur carry on past it."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return not model._is_stateful and all(kind.endswith("_attention") and kind != "linear_attention" for kind in kinds)
+
+
 def add_adapter(model: Any, lora: config.Lora, widening: int = 1) -> Any:
     """`model` with a LoRA adapter that changes nothing yet; `widening` multiplies its rank and keeps its scale."""
     from peft import LoraConfig, get_peft_model

@@ -6,7 +6,8 @@ ids joined, so the answer's span is exact and its ids are the same in all views.
 Two layouts give the same `Outputs`:
 - packed: all questions are ONE row without padding. A prompt stands once, its views follow; a view sees the prompt and itself
   (training.attention), and its positions go on from the prompt's end.
-- padded: a view is a row, prompt repeated. Slow and plain; the oracle of the first in the tests.
+- padded: a view is a row, prompt repeated. Slow and plain; the oracle of the first in the tests, and the way of students whose layers
+  convolve or recur.
 
 Letters: G groups (a prompt with its views), S views over all groups, B rows, N tokens of a row, R supervised rows, T tokens of a view,
 H width, V vocabulary.
@@ -25,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mind.prompts import student_ids, student_prompt
 from mind.records import ANSWER_LINE, Example
+from mind.students.loading import only_attends
 from mind.training.attention import Span, blocks, understands
 from mind.training.losses import mean_ce, span_logprobs, token_nll
 
@@ -179,7 +181,12 @@ class Layout(Protocol):
 
 
 def packed(model: nn.Module, groups: Sequence[Group], *, answers_only: bool = False) -> Outputs:
-    """All groups in one flat row. Equal to `padded` to float32 rounding, at a fraction of its tokens."""
+    """All groups in one flat row. Equal to `padded` to float32 rounding, at a fraction of its tokens.
+
+    A student with layers that no mask reaches (LFM2, Qwen3-Next) goes through `padded` itself: its views would mix.
+    """
+    if not only_attends(_causal(model)):
+        return padded(model, groups, answers_only=answers_only)
     row = _pack(groups)
     return _run(model, _inputs(model, row), groups, row.predicting, row.prompts, answers_only)
 
@@ -199,7 +206,9 @@ def padded(model: nn.Module, groups: Sequence[Group], *, answers_only: bool = Fa
 
 
 def view_states(model: nn.Module, group: Group) -> Tensor:
-    """(S, H) float32: mean last hidden state of each view's fed tokens, as `Outputs.view_features`, without any logits."""
+    """(S, H) float32: mean last hidden state of each view's fed tokens, as `Outputs.view_features`, without the logits of rationales."""
+    if not only_attends(_causal(model)):
+        return padded(model, [group], answers_only=True).view_features
     row = _pack([group])
     return _pool(_hidden(model, _inputs(model, row)), [view[1:] for view in row.predicting])
 
