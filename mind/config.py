@@ -219,7 +219,7 @@ class Base(Settings):
 
 
 class MetaNetOptions(Settings):
-    """MetaNet, the teaching assistant (method, sections 2 and 3). Its lag behind the student: a smaller rate, a longer accumulation."""
+    """MetaNet, the teaching assistant (method, sections 2 and 3). It lags behind the student by its rate and its accumulation."""
 
     width: PositiveInt = 128
     heads: PositiveInt = 4
@@ -253,7 +253,7 @@ class Mind(Settings):
 
 
 class WithoutFusion(Settings):
-    """Every view an independent example of uniform weight: no MetaNet, no selection, no consistency."""
+    """All views of a question in one step, of uniform weight: no MetaNet, no selection, no consistency."""
 
     method: Literal["without_fusion"] = "without_fusion"
     views: tuple[Literal[PERSPECTIVES], ...] = Field(default=PERSPECTIVES, min_length=1)  # type: ignore[valid-type]  # only these

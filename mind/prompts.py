@@ -34,4 +34,4 @@ def student_ids(tokenizer: Any, prompt: str) -> list[int]:
     if getattr(tokenizer, "chat_template", None):
         text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(f"Question: {prompt}\nAnswer: ")["input_ids"])
+    return list(tokenizer(f"Question: {prompt}\nAnswer:\n")["input_ids"])  # a space would be a token that no answer begins behind

@@ -69,6 +69,12 @@ def test_the_prompt_is_the_one_of_the_evaluation() -> None:
     assert list(encoded.prompt) == student_ids(tokenizer, student_prompt(example.question, example.kind))
 
 
+def test_without_a_chat_template_the_prompt_ends_where_any_answer_may_begin() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    assert tokenizer.decode(student_ids(tokenizer, "What is 2 plus 2?")) == "Question: What is 2 plus 2?\nAnswer:\n"
+
+
 def test_views_that_are_too_long_are_dropped_alone() -> None:
     question = questions()[0]
     limit = question.longest - 1

@@ -81,6 +81,12 @@ def test_standardised_features_do_not_depend_on_the_units_of_the_hidden_states()
     )
 
 
+def test_what_never_varied_is_not_blown_up() -> None:
+    made, one = net(), (torch.ones(1, H), torch.ones(1, K, H), torch.ones(1, K, dtype=torch.bool))
+    made.standardise(lambda: [one])
+    assert torch.equal(made.scale, torch.ones_like(made.scale))
+
+
 def test_selection_keeps_what_reaches_beta_times_the_best_and_never_an_absent_view() -> None:
     scores = torch.tensor([[0.9, 0.75, 0.7, 0.1], [0.2, 0.9, 0.1, 0.19]])
     present = torch.tensor([[True, True, True, True], [True, False, True, True]])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from mind import config
+from mind.errors import MindError
 from mind.methods.base import Setup
 from mind.methods.mind import Mind
 from mind.methods.table import CLASSES, build
@@ -101,13 +104,25 @@ def test_mind_with_all_parts_off_is_without_fusion() -> None:
         torch.testing.assert_close(weights[name], value, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "changed", [{"feedback": "answer"}, {"consistency": 0.0}, {"beta": 0.0}, {"self_attention": False}, {"tau_student": 5.0}]
-)
+@pytest.mark.parametrize("changed", [{"feedback": "answer"}, {"consistency": 0.0}, {"beta": 0.0}, {"tau_student": 5.0}])
 def test_every_ablation_changes_the_course(changed: dict[str, Any]) -> None:
     _, weights = trained(mind(consistency=1.0))
     _, other = trained(mind(**{"consistency": 1.0, **changed}))
     assert any(not torch.equal(weights[name], other[name]) for name in weights)
+
+
+def test_self_attention_is_all_that_its_ablation_takes_away() -> None:
+    """From the same weights, so that not only MetaNet's random numbers differ."""
+    with_it, _, _ = prepared(mind(beta=0.0))
+    without, _, _ = prepared(mind(beta=0.0, self_attention=False))
+    without.net.load_state_dict(with_it.net.state_dict(), strict=False)
+    scores = [method._score(torch.tensor([0]))[0] for method in (with_it, without)]
+    assert not torch.allclose(*scores, atol=1e-4)
+    with torch.no_grad():
+        assert with_it.net.attention is not None
+        with_it.net.attention.out_proj.weight.zero_()
+        with_it.net.attention.out_proj.bias.zero_()
+    torch.testing.assert_close(with_it._score(torch.tensor([0]))[0], scores[1])
 
 
 def test_inertia_0_filters_nothing_and_inertia_lags() -> None:
@@ -159,6 +174,52 @@ def test_absent_views_get_no_weight_and_no_loss() -> None:
         weights = [value for name, value in row.items() if name.startswith("metanet/weight/")]
         assert sum(weights) == pytest.approx(1, abs=1e-5)
         assert row["metanet/selected"] == len(weights)
+
+
+def test_the_loss_is_weighted_cross_entropy_and_weighted_divergence_of_all_pairs() -> None:
+    """Sections 2 to 4 of the method, written out view by view."""
+    method, questions, student = prepared(mind(consistency=0.7, beta=0.5, tau=0.3, tau_student=0.2))
+    choice = method._choose(questions[:2])
+    for row, question in enumerate(questions[:2]):
+        filtered = method.memory.inertia.filtered[question.index]
+        by_score, by_loss = (choice.scores[row] / 0.3).softmax(0), (-filtered / 0.3).softmax(0)
+        assert float(choice.loss[row]) == pytest.approx(float((by_score * (by_score / by_loss).log()).sum()), rel=1e-4)
+    expected = torch.zeros(())
+    for row, question in enumerate(questions[:2]):
+        kept = choice.scores[row] >= 0.5 * choice.scores[row].max()
+        alpha = (choice.scores[row] / 0.2).exp() * kept
+        alpha = alpha / alpha.sum()
+        outputs = student([question.group()])
+        guesses = outputs.answer_logprobs(range(8)).exp()  # (8, A, V)
+        expected = expected + (alpha * outputs.ce()).sum()
+        for i, j in combinations(range(8), 2):
+            middle = (guesses[i] + guesses[j]) / 2
+            halves = [(one * (one / middle).log()).sum(-1).mean() / 2 for one in (guesses[i], guesses[j])]
+            expected = expected + 0.7 * alpha[i] * alpha[j] * sum(halves)
+    method.net.zero_grad()
+    torch.testing.assert_close(method.loss(questions[:2], student).total, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_metanet_steps_by_the_mean_gradient_of_its_questions() -> None:
+    method, questions, student = prepared(mind())
+    before = [p.detach().clone() for p in method.net.parameters()]
+    method.optimizer = torch.optim.SGD(method.net.parameters(), lr=1.0)
+    for question in questions[:2]:
+        method.loss([question], student)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in method.net.parameters()]
+    method.after_step()
+    method.after_step()
+    for old, new, gradient in zip(before, method.net.parameters(), gradients, strict=True):
+        torch.testing.assert_close(new.detach(), old - gradient / 2)
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_loss_that_is_no_number_is_not_taken_for_an_absent_view(count: int) -> None:
+    method, questions, student = prepared(mind(feedback="answer"))
+    outputs = student([questions[2].group()])
+    outputs.answer_ce[-count:] = float("nan")
+    with pytest.raises(MindError, match=f"question '{questions[2].id}'"):
+        method.memory.take_in(questions[2:3], [list(questions[2].views)], replace(outputs, answer_ce=outputs.answer_ce.detach()))
 
 
 def test_student_gradient_does_not_reach_metanet_and_the_other_way_round() -> None:

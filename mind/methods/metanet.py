@@ -40,7 +40,8 @@ class MetaNet(nn.Module):
     def standardise(self, batches: Batches) -> None:
         """Fix centre and scale of the features, which come in batches and twice: (Q, H), (Q, K, H), (Q, K) each."""
         self.center.copy_(_means(batches, torch.zeros_like(self.center, dtype=torch.float64), power=1))
-        self.scale.copy_(_means(batches, self.center.double(), power=2).sqrt().clamp_min(1e-6))
+        deviation = _means(batches, self.center.double(), power=2).sqrt()
+        self.scale.copy_(deviation.where(deviation > 1e-6, 1.0))  # what never varied (a single question) must not be blown up later
 
     def forward(self, questions: Tensor, views: Tensor, present: Tensor) -> Tensor:
         """Scores in (0, 1), 0 for absent views: (Q, H), (Q, K, H), (Q, K) bool -> (Q, K). At least one view of a question is present."""

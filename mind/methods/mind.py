@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mind import config, progress
 from mind.encoder import load_encoder
+from mind.errors import MindError
 from mind.methods.base import Method, Setup, Terms
 from mind.methods.features import Features
 from mind.methods.inertia import Inertia
@@ -65,8 +66,15 @@ class Memory:
         seen = torch.zeros_like(losses, dtype=torch.bool)
         places = [(q, PERSPECTIVES.index(name)) for q, own in enumerate(names) for name in own]
         q, k = torch.tensor(places).unbind(dim=1)
-        signal = outputs.ce() if self.feedback == "target" else outputs.answer_ce
-        losses[q, k], seen[q, k] = signal.detach().cpu(), True
+        signal = (outputs.ce() if self.feedback == "target" else outputs.answer_ce).detach().cpu()
+        if not signal.isfinite().all():  # a NaN would stand for a view that the question does not have
+            row, name = next((q[i], PERSPECTIVES[k[i]]) for i in range(len(signal)) if not signal[i].isfinite())
+            raise MindError(
+                f"the student's loss on view '{name}' of question '{questions[row].id}' is no finite number",
+                wanted="a finite number",
+                do="lower training.learning_rate and run again; before the first step: student.dtype: float32, or look into that rationale",
+            )
+        losses[q, k], seen[q, k] = signal, True
         self.changed.update(rows.tolist())
         self.inertia.update(rows, losses, seen)
         self.instant[rows] = torch.where(seen, losses, self.instant[rows])

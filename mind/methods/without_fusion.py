@@ -1,4 +1,4 @@
-"""MIND without fusion: every view an example of its own, of uniform weight (method, section 5).
+"""MIND without fusion: all views of a question in one step, of uniform weight (method, section 5).
 
 No MetaNet, no selection, no consistency.
 """
@@ -16,7 +16,7 @@ from mind.records import Example
 class WithoutFusion(Method):
     """The mean CE over the views of a question, or over those of them that `views` names."""
 
-    caption = "MIND without fusion: uniform fine-tuning on all views, or on the fixed ones that the variant names."
+    caption = "MIND without fusion: uniform fine-tuning on all views of a question at once, or on the fixed ones that the variant names."
     options: config.WithoutFusion
 
     @classmethod

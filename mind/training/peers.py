@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Peers:
+    """This process among those that work together: its place, from 0, and how many they are."""
+
     rank: int = 0
     count: int = 1
 
@@ -66,6 +68,7 @@ class Peers:
         if self.count == 1 or not own:
             return
         flat = torch.cat([tensor.detach().flatten() for tensor in own])
+        flat = flat.to(PartialState().device)  # nccl knows no tensors of the CPU, where MetaNet lives
         dist.all_reduce(flat)
         for tensor, total in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
             tensor.detach().copy_(total.view_as(tensor))
