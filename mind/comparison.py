@@ -18,7 +18,7 @@ from mind import registry, versioning
 from mind.config import Config
 from mind.errors import DataError, MindError
 from mind.outputs import MANIFEST, read_manifest
-from mind.records import Prediction, read_jsonl
+from mind.records import DOMAINS, Prediction, read_jsonl
 from mind.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from mind.latent import LatentMap
     from mind.statistics import Difference
 
-DOMAINS = {"id": "in distribution", "ood": "out of distribution"}
 SIGNIFICANT = 0.05
 
 
@@ -279,6 +278,8 @@ def _compared(
     seed: int,
 ) -> Comparison:
     """The rows of a table, the reference first."""
+    from mind.statistics import forgot
+
     order = sorted(groups, key=lambda name: name != reference)
     grades = {name: _grades(groups[name]) for name in order}
     rows = {name: _row(name, groups[name], grades[name]) for name in order}
@@ -293,7 +294,7 @@ def _compared(
     differences = _corrected({name: _differences(pairs[name], rows[name], bool(untrained & {name, reference}), seed) for name in others})
     singles = [name for name in others if groups[name][0].method == "single"]
     for name in others:
-        row = replace(rows[name], differences=differences[name], forgot=_forgotten(pairs[name].values()))
+        row = replace(rows[name], differences=differences[name], forgot=forgot(_by_question(pairs[name])))
         rows[name] = replace(row, finding=_finding(row, reference), latent=_latent(name, reference, maps, singles, seed))
     found += _single_seeds([row for name, row in rows.items() if name not in untrained])
     return Comparison(reference, tuple(rows.values()), missing, tuple(found), maps)
@@ -358,10 +359,10 @@ def _pairs(ours: Grades, theirs: Grades) -> Pairs:
     }
 
 
-def _forgotten(pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> tuple[float, float]:
-    """How many questions the reference has right and the variant wrong, of how many; with several seeds the means over them."""
-    means = [(ours.mean(axis=0), theirs.mean(axis=0)) for ours, theirs in pairs]
-    return float(sum((theirs * (1 - ours)).sum() for ours, theirs in means)), float(sum(theirs.sum() for _, theirs in means))
+def _by_question(pairs: Pairs) -> Iterator[tuple[float, float]]:
+    """Which share of the seeds has a question right: of the variant, of the reference."""
+    for ours, theirs in pairs.values():
+        yield from zip(ours.mean(axis=0), theirs.mean(axis=0), strict=True)
 
 
 def _uneven(name: str, reports: Sequence[_Report], grades: Grades) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mind.records import PERSPECTIVES
+from mind.records import DOMAINS, PERSPECTIVES
 
 if TYPE_CHECKING:
     from mind.latent import LatentMap
@@ -55,8 +55,6 @@ STYLE = {
 DPI = 150
 UNDATED = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 """What would make other bytes of equal numbers: matplotlib's version, the time."""
-
-DOMAINS = {"id": "in distribution", "ood": "out of distribution"}
 
 
 def inertia(history: Rows, path: Path) -> None:

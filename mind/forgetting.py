@@ -5,7 +5,7 @@ Not by the stage `evaluate`: a report would then depend on the reference's repor
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 from mind import registry, tracking
@@ -40,13 +40,14 @@ def record(workspace: Workspace, config: Config) -> None:
 def forgotten(own: Grades, reference: Grades) -> dict[str, float]:
     """Share of the questions that the reference has right and this student wrong, of those that the reference has right and both
     answered: in all, and by benchmark. Nothing where the reference has none of them right."""
-    lost: Counter[str] = Counter()
-    right: Counter[str] = Counter()
-    for key, known in reference.items():
-        if known and key in own:
-            right.update((key[0], ""))
-            lost.update((key[0], "") if not own[key] else ())
-    return {f"eval/{name}/forgot" if name else "eval/forgot": lost[name] / count for name, count in right.items()}
+    from mind.statistics import forgot
+
+    shared: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
+    for key in reference.keys() & own.keys():
+        for name in ("eval/forgot", f"eval/{key[0]}/forgot"):
+            shared[name].append((own[key], reference[key]))
+    counts = {name: forgot(questions) for name, questions in shared.items()}
+    return {name: lost / right for name, (lost, right) in counts.items() if right}
 
 
 def _grades(report: Path) -> Grades:

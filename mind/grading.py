@@ -2,7 +2,7 @@
 
 What is read, in this order:
 1. the last explicit statement in the text that states something: "The answer is X", "Answer: X", `\\boxed{X}` or `#### X`, but not the
-   instruction said again ("The answer is <letter>") nor one that is cut off ("The answer is");
+   instruction said again ("The answer is <letter>") nor one that is cut off ("The answer is \\(");
 2. without one, what the text ends on: its last number; the last expression; the option that the last line names (else the option
    that the first line consists of, for students who answer first); the last sentence that begins and ends with "yes" or "no".
 
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from mind.prompts import INSTRUCTIONS
+from mind.prompts import PLACEHOLDERS
 from mind.records import Kind
 
 MATH_SECONDS = 5.0
@@ -109,7 +109,7 @@ def split_answer_line(text: str) -> tuple[str, str | None]:
 
 _FINAL_LINE = re.compile(r"(?:^|[.!?:;)]\s)\s*(?P<sentence>[*_#>\s]{0,6}the (?:final |correct )?answer is:?)", re.IGNORECASE)
 _STATEMENT = re.compile(r"\banswer[*_]*\s?(?:is\b|:|=)[*_]*:?(?!\s*not\b)\s*|####[ \t]*|\\boxed\s*\{", re.IGNORECASE)
-_PLACEHOLDERS = tuple(re.findall(r"<[^>]+>", "".join(INSTRUCTIONS.values())))
+_STATEMENTS = 5  # from the end: a text of nothing but empty statements must not cost the square of its length
 _SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u00a0": " ", "\u202f": " ", "\u2019": "'"})  # minus, dash, hard spaces, apostrophe
 
 
@@ -119,9 +119,9 @@ def _plain(text: str) -> str:
 
 def _last_statement(text: str) -> str | None:
     """What the last explicit statement says: the rest of its line, or the content of its box."""
-    for found in reversed(list(_STATEMENT.finditer(text))):
+    for found in [*_STATEMENT.finditer(text)][: -_STATEMENTS - 1 : -1]:
         said = _braced(text, found.end()) if found[0].endswith("{") else text[found.end() :].split("\n", 1)[0]
-        if said.strip() and not said.startswith(_PLACEHOLDERS):
+        if re.search(r"\w", said) and not said.startswith(PLACEHOLDERS):
             return said.strip()
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -15,23 +16,33 @@ from mind.errors import DataError, MindError
 
 MANIFEST = "manifest.json"
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+"""What the system says of a place that cannot be written."""
+
 
 @contextmanager
 def stage_output(folder: Path) -> Iterator[Path]:
     """A temporary sibling to write to; becomes `folder` on success, is removed on failure.
 
     Raises:
-        MindError: no space left, or the folder cannot be written.
+        MindError: no space left, or the folder cannot be written. Any other error of the work inside passes unchanged.
     """
     partial = folder.with_name(f".{folder.name}.partial")
+    inside = False  # the work of a whole stage, most errors of which are not about this folder
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        inside = True
         yield partial
+        inside = False
         if folder.exists():
             shutil.rmtree(folder)
         partial.replace(folder)
     except OSError as error:
+        closed = error.errno in CLOSED and (not inside or str(error.filename).startswith(str(partial)))
+        if error.errno not in FULL and not closed:
+            raise
         raise MindError(
             f"cannot write {folder}: {error.strerror or error}",
             wanted="a writable folder with space left",

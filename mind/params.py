@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from mind.config import METHOD_NAMES, METHODS, Config, Student, Training, Variant, merge
 from mind.errors import ConfigError
@@ -23,14 +23,22 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
     """`['training.epochs=2', ...]` -> nested settings; values are YAML.
 
     Raises:
-        ConfigError: an item without '=' or with an empty key.
+        ConfigError: an item without '=' or with an empty key, or a value that is no YAML.
     """
     flat: dict[str, Any] = {}
     for item in items:
         path, equals, text = item.partition("=")
         if not equals:
             raise ConfigError(f"--set {item}", wanted="--set stage.key=value, for instance --set training.epochs=2")
-        flat[path.strip()] = YAML(typ="safe").load(text) if text else None
+        try:
+            flat[path.strip()] = YAML(typ="safe").load(text) if text else None
+        except (YAMLError, ValueError) as error:
+            raise ConfigError(
+                f"--set '{item}': {_problem(error)}",
+                wanted="a value as in params.yaml, for instance --set training.epochs=2",
+                do="close brackets and quotes, and put a text with special characters in quotes of its own: "
+                "--set 'run.variants=[base, mind]', --set 'teacher.model=\"a: b\"'",
+            ) from None
     return nest(flat)
 
 
@@ -55,18 +63,25 @@ def read_params(path: Path) -> dict[str, Any]:
     """The raw mapping of a params.yaml (YAML 1.2, so that 3e-4 is a number).
 
     Raises:
-        ConfigError: missing or malformed file.
+        ConfigError: missing, unreadable or malformed file.
     """
     try:
         raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", do="run `mind init DIR` to make a workspace") from None
-    except MarkedYAMLError as error:
-        place = f"line {error.problem_mark.line + 1}" if error.problem_mark else "somewhere"
-        raise ConfigError(f"{path}, {place}: {error.problem}", wanted="valid YAML") from None
+    except (YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that no calendar has
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        place = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{place}: {_problem(error)}", wanted="valid YAML in UTF-8") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}", wanted="groups of settings: run, teacher, training, ...")
     return raw
+
+
+def _problem(error: Exception) -> str:
+    """What the YAML reader stumbled over, on one line."""
+    own = error.problem or error.context if isinstance(error, MarkedYAMLError) else None
+    return (own or str(error) or type(error).__name__).splitlines()[0]
 
 
 def validate(raw: Mapping[str, Any], source: str = "params.yaml") -> Config:
@@ -148,14 +163,6 @@ def over_seeds(config: Config, names: Iterable[str], seeds: Iterable[int]) -> di
 def load_config(path: Path) -> Config:
     """Read and validate a params.yaml. Raises ConfigError."""
     return validate(read_params(path), str(path))
-
-
-def dump_yaml(config: BaseModel) -> str:
-    """The resolved settings as YAML, in the form that `validate` reads."""
-    data = config.model_dump(mode="json")
-    if "variants" in data:
-        data["variants"] = {name: _flatten_method(v) for name, v in data["variants"].items()}
-    return dump_raw(data)
 
 
 def dump_raw(data: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ Training and evaluation must use the same text, id for id; both call `student_id
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ INSTRUCTIONS: dict[Kind, str] = {
     "choice": "Think step by step. End with the line: The answer is <letter>.",
     "yesno": "Think step by step. End with the line: The answer is <yes or no>.",
 }
+
+PLACEHOLDERS = tuple(re.findall(r"<[^>]+>", "".join(INSTRUCTIONS.values())))
+"""What stands where the answer is to go; students say the instruction again."""
 
 
 def student_prompt(question: str, kind: Kind = "number", choices: Sequence[str] = ()) -> str:

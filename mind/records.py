@@ -30,6 +30,9 @@ PERSPECTIVES = (
 )
 """The eight ways of thinking, in the order of every table, picture and MetaNet head."""
 
+DOMAINS = {"id": "in distribution", "ood": "out of distribution"}
+"""How a benchmark's questions stand to those of the dataset, in the order of every table and picture."""
+
 Kind = Literal["number", "choice", "yesno", "math"]
 """What an answer is: a number, an option letter, yes or no, or a LaTeX / symbolic expression."""
 

@@ -11,12 +11,11 @@ from rich.table import Table
 
 from mind.answering import Answer
 from mind.benchmarks.contamination import contamination
-from mind.benchmarks.loading import Benchmark, Domain
+from mind.benchmarks.loading import Benchmark
 from mind.grading import extract, grade
-from mind.records import Prediction, Question
+from mind.records import DOMAINS, Prediction, Question
 from mind.statistics import macro_accuracy, wilson
 
-DOMAINS: tuple[Domain, ...] = ("id", "ood")
 DONE = "mind.evaluated"
 """Opens the tags of a run that name the benchmarks it has a result on, by content."""
 
@@ -174,7 +173,7 @@ def table(variant: str, metrics: Mapping[str, Any]) -> Table:
         answered, tokens, sure = f"{own['answer_rate']:.0%}", f"{own['mean_tokens']:.0f}", own.get("calibration")
         trust = (f"{sure['confidence']:.0%}", f"{sure['ece']:.0%}") if sure else ()
         shown.add_row(f"{name} ({own['domain']})", *_percent(own), str(own["n"]), answered, tokens, *trust)
-    for domain, label in zip(DOMAINS, ("in distribution", "out of distribution"), strict=True):
+    for domain, label in DOMAINS.items():
         if domain in metrics:
             shown.add_row(label, *_percent(metrics[domain]))
     return shown

@@ -7,7 +7,7 @@ question of the kind: both are sampled. No function here knows a model or a file
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
@@ -77,7 +77,12 @@ def macro_accuracy(counts: Sequence[tuple[int, int]], level: float = LEVEL) -> I
 
 
 def unpaired_difference(ours: tuple[int, int], theirs: tuple[int, int], level: float = LEVEL) -> Interval:
-    """Difference of two accuracies (correct, n) on different questions: Newcombe's interval (Statistics in Medicine 17, 873-890, 1998)."""
+    """Difference of two accuracies (correct, n) on different questions: Newcombe's interval (Statistics in Medicine 17, 873-890, 1998).
+
+    Where one side answered nothing, anything may be.
+    """
+    if not ours[1] or not theirs[1]:
+        return Interval(0.0, -1.0, 1.0)
     (p1, (low1, high1)), (p2, (low2, high2)) = ((correct / n, wilson(correct, n, level)) for correct, n in (ours, theirs))
     return Interval(p1 - p2, p1 - p2 - sqrt((p1 - low1) ** 2 + (high2 - p2) ** 2), p1 - p2 + sqrt((high1 - p1) ** 2 + (p2 - low2) ** 2))
 
@@ -179,6 +184,18 @@ def repeated_difference(
     gained, lost = (sum(int(np.sum(sign * own > 0)) for own in apart) for sign in (1, -1))
     p = _two_sided(value / sqrt(variance), freedom) if gained + lost else 1.0
     return Difference(value, max(-1.0, value - half), min(1.0, value + half), p, gained, lost, sum(map(len, apart)))
+
+
+def forgot(questions: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """How many questions the reference has right and the variant wrong, of how many that the reference has right; means over seeds.
+
+    Args:
+        questions: (variant, reference) a question: the share of its seeds that have it right; with one seed, whether it has.
+    """
+    lost = right = 0.0
+    for ours, theirs in questions:
+        lost, right = lost + theirs * (1 - ours), right + theirs
+    return float(lost), float(right)
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -9,21 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mind import config
 from mind.errors import ConfigError, DataError
-from mind.methods.base import Method, Setup, Terms
+from mind.methods.base import Method, Setup, Stage, Terms
 from mind.methods.edit import CORRECT, MISTAKEN, Edit, Pair, edit_marks
 from mind.methods.mcc import Mcc, jaccard, pick_diverse
 from mind.methods.mode import Mode, merge, search
 from mind.methods.sbs import EXPLAIN, PREDICT, Sbs, Tasks
 from mind.methods.single import Single, held_out
-from mind.methods.table import build
+from mind.methods.table import build, method_class
 from mind.prompts import student_ids
 from mind.records import PERSPECTIVES, Example
 from mind.students.loading import LoadedStudent, add_adapter, put_adapter
-from mind.training.layout import Group, Outputs, packed, padded
+from mind.training.corpus import encode_all
+from mind.training.layout import Encoded, Group, Outputs, Response, encode_example, packed, padded
 from mind.training.loop import train
 from mind.training.losses import symmetric_kl
 from tests import tiny
@@ -130,6 +132,30 @@ def test_sbs_leaves_a_question_out_whose_explanation_is_too_long() -> None:
     assert not tasks.up_to(tasks.longest - 1).views
 
 
+def test_sbs_leaves_a_question_out_whose_answer_is_too_long() -> None:
+    example = tiny.examples(1)[0].model_copy(update={"answer": "1" * 300})
+    tasks = sbs().encode(tiny.tokenizer(), example, 0)
+    assert not tasks.up_to(tasks.longest - 1).views
+
+
+def test_an_explanation_too_long_for_sbs_is_refused_or_counted() -> None:
+    method, examples = sbs(view="all"), tiny.examples(1)
+    limit = method.encode(tiny.tokenizer(), examples[0], 0).longest - 1
+    with pytest.raises(DataError, match=f"question 'sum-0' has {limit + 1} tokens with its longest view"):
+        encode_all(tiny.tokenizer(), method, examples, limit, "refuse")
+    found = encode_all(tiny.tokenizer(), method, examples, limit, "drop")
+    assert found.left_out == {"views": 1, "questions": 0}
+    (kept,) = found.questions
+    assert isinstance(kept, Tasks) and len(kept.explain) == 7 and kept.longest <= limit
+
+
+def test_sbs_leaves_out_a_question_without_an_explanation() -> None:
+    one, other = tiny.examples(2)
+    found = encode_all(tiny.tokenizer(), sbs(), [one.model_copy(update={"views": {}}), other], 1000, "refuse")
+    assert [question.id for question in found.questions] == [other.id]
+    assert found.left_out == {"views": 0, "questions": 1}
+
+
 # ------------------------------------------------------------------------- MCC
 
 
@@ -187,6 +213,33 @@ def test_the_pool_holds_the_views_that_are_least_alike() -> None:
 
 def test_a_question_with_one_view_is_left_out_of_mcc() -> None:
     assert not mcc().select(tiny.examples(1, views=1)[0])
+
+
+def test_mcc_leaves_out_a_question_of_which_one_view_is_short_enough() -> None:
+    method, (long, short) = mcc(), tiny.examples(2)
+    short = short.model_copy(update={"views": {name: f"{k}." for k, name in enumerate(PERSPECTIVES)}})
+    whole = method.encode(tiny.tokenizer(), long, 0)
+    shortest, second, *_ = sorted(len(whole.prompt) + len(view.ids) for view in whole.views.values())
+    assert len(whole.up_to(second).views) == 2
+    found = encode_all(tiny.tokenizer(), method, [long, short], shortest, "drop")
+    assert [question.id for question in found.questions] == [short.id]
+    assert found.left_out == {"views": 4, "questions": 1}
+    method.loss(found.questions, Seen())
+
+
+def test_the_temperature_of_mcc_softens_both_distributions() -> None:
+    def consistency(temperature: float) -> tuple[float, Tensor]:
+        """What the method finds for one question, and the two views' logits before their answers: (2, A, V)."""
+        forward = Seen()
+        (row,) = terms(mcc(temperature=temperature), tiny.examples(1), forward).rows
+        (outputs,) = forward.outputs
+        return row["train/consistency"], torch.stack([outputs.head(outputs.states[slice(*outputs.answers[view])]) for view in (0, 1)])
+
+    found, logits = consistency(2.0)
+    p, q = torch.log_softmax(logits / 2, dim=-1)
+    both = F.kl_div(q, p, log_target=True, reduction="none") + F.kl_div(p, q, log_target=True, reduction="none")
+    assert found == pytest.approx(float(both.sum(dim=-1).mean() / 2), rel=1e-4)
+    assert found < 0.9 * consistency(1.0)[0]
 
 
 # ------------------------------------------------------------------------ MoDE
@@ -277,9 +330,9 @@ def test_experts_are_the_single_students_and_their_support_is_trained_on_by_none
     options = stages[0].settings.method
     assert isinstance(options, config.Single)
     assert len(support) == 2 and not support & {e.id for e in Single.examples(options, examples, seed=17)}
-    assert stages[0] == Single.stages(resolved(config.Single(perspective="formal_symbolic", hold_out=2)))[0].__class__(
-        "formal_symbolic", resolved(config.Single(perspective="formal_symbolic", hold_out=2)), fresh=True, shared=True
-    )
+    alone = resolved(config.Single(perspective="formal_symbolic", hold_out=2))
+    assert stages[0] == Stage("formal_symbolic", alone, fresh=True, shared=True)
+    assert stages[0].settings == Single.stages(alone)[0].settings
 
 
 def test_experts_without_a_question_to_train_on_are_refused() -> None:
@@ -287,24 +340,92 @@ def test_experts_without_a_question_to_train_on_are_refused() -> None:
         Single.examples(config.Single(perspective="socratic", hold_out=5), tiny.examples(5), seed=17)
 
 
-@pytest.mark.parametrize("mode", ["lorahub", "exact"])
-def test_the_mixture_is_found_on_the_support_and_is_no_worse_than_the_base(tmp_path: Path, mode: Any) -> None:
+def mixed(folder: Path, settings: config.Resolved) -> tuple[dict[str, float], Any, list[dict[str, Tensor]]]:
+    """What `conclude` says of eight noisy experts and four questions; the student's model then; the experts."""
     from safetensors.torch import save_file
 
     _, experts = adapters(8)
     parts = []
     for k, expert in enumerate(experts):
-        (tmp_path / str(k) / "adapter").mkdir(parents=True)
-        save_file(expert, tmp_path / str(k) / "adapter" / "adapter_model.safetensors")
-        parts.append(tmp_path / str(k))
-    settings = resolved(config.Mode(merge=mode, support=2, trials=6), student={"lora": {"r": 2, "alpha": 4}})
+        (folder / str(k) / "adapter").mkdir(parents=True)
+        save_file(expert, folder / str(k) / "adapter" / "adapter_model.safetensors")
+        parts.append(folder / str(k))
     student = LoadedStudent(tiny.model(), tiny.tokenizer(), "tiny")
-    row = Mode.conclude(student, settings, parts, tiny.examples(4))
+    return Mode.conclude(student, settings, parts, tiny.examples(4)), student.model, experts
+
+
+@torch.no_grad()
+def nll_by_hand(model: Any, questions: Sequence[Encoded]) -> float:
+    """Mean over all tokens of all views, every view run alone."""
+    total, count = 0.0, 0
+    for question in questions:
+        for view in question.views.values():
+            ids = torch.tensor([*question.prompt, *view.ids])
+            start = len(question.prompt)
+            total += float(F.cross_entropy(model(ids[None]).logits[0, start - 1 : -1], ids[start:], reduction="sum"))
+            count += len(view.ids)
+    return total / count
+
+
+def held(settings: config.Resolved) -> list[Encoded]:
+    """The support of `mixed`."""
+    assert isinstance(settings.method, config.Mode)
+    support = held_out(tiny.examples(4), settings.method.support, settings.seed)
+    return [encode_example(tiny.tokenizer(), example, example.views, 0) for example in support]
+
+
+@pytest.mark.parametrize("mode", ["lorahub", "exact"])
+def test_the_mixture_is_found_on_the_support_and_is_no_worse_than_the_base(tmp_path: Path, mode: Any) -> None:
+    settings = resolved(config.Mode(merge=mode, support=2, trials=6), student={"lora": {"r": 2, "alpha": 4}})
+    row, model, experts = mixed(tmp_path, settings)
     assert row["mode/objective"] <= row["mode/start"]
     weights = [row[f"mode/weight/{name}"] for name in PERSPECTIVES]
     with torch.no_grad():
-        found = student.model(torch.arange(12)[None]).logits
+        found = model(torch.arange(12)[None]).logits
     torch.testing.assert_close(found, logits_with(merge(experts, weights, mode), 8 if mode == "exact" else 1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_objective_is_the_mean_nll_of_the_support_and_the_penalty(tmp_path: Path) -> None:
+    settings = resolved(config.Mode(support=2, trials=12, l1=0.5), student={"lora": {"r": 2, "alpha": 4}})
+    row, model, _ = mixed(tmp_path, settings)
+    size = sum(abs(row[f"mode/weight/{name}"]) for name in PERSPECTIVES) / 8
+    assert size > 0.1
+    assert row["mode/start"] == pytest.approx(nll_by_hand(tiny.model(), held(settings)), rel=1e-5)  # at 0 nothing is added
+    assert row["mode/objective"] == pytest.approx(nll_by_hand(model, held(settings)) + 0.5 * size, rel=1e-5)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["of the settings", "of the student"])
+def test_the_mixture_is_weighed_on_no_view_that_training_would_leave_out(
+    tmp_path: Path, own: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = resolved(config.Mode(support=2, trials=1), student={"lora": {"r": 2, "alpha": 4}})
+    whole = held(settings)
+    limit = len(whole[0].prompt) + 80
+    kept = [question.up_to(limit) for question in whole]
+    lost, views = (sum(len(question.views) for question in questions) for questions in (whole, kept))
+    assert 0 < views < lost
+    if own:
+        monkeypatch.setitem(tiny.SHAPE, "max_position_embeddings", limit)
+    else:
+        settings = settings.model_copy(update={"training": settings.training.model_copy(update={"max_tokens": limit})})
+    row, _, _ = mixed(tmp_path, settings)
+    assert row["mode/start"] == pytest.approx(nll_by_hand(tiny.model(), kept), rel=1e-5)
+    assert f"{lost - views} of {lost} held-out views have more than {limit} tokens" in capsys.readouterr().err
+
+
+def test_a_mixture_without_a_view_to_weigh_it_on_is_refused(tmp_path: Path) -> None:
+    settings = resolved(config.Mode(support=2, trials=1), student={"lora": {"r": 2, "alpha": 4}}, max_tokens=20)
+    with pytest.raises(DataError, match="no question is left"):
+        mixed(tmp_path, settings)
+
+
+@pytest.mark.parametrize(("options", "stages"), [(config.Mode(), 8), (config.Edit(), 2)], ids=["mode", "edit"])
+def test_a_budget_below_the_number_of_stages_stays_one(options: Any, stages: int) -> None:
+    def shares(tokens: int | None) -> list[int | None]:
+        return [stage.settings.training.tokens for stage in method_class(options.method).stages(resolved(options, tokens=tokens))]
+
+    for whole, share in ((None, None), (1, 1), (stages - 1, 1), (10 * stages, 10)):
+        assert shares(whole) == [share] * stages
 
 
 def test_full_tuning_has_no_adapters_to_mix() -> None:
@@ -390,7 +511,7 @@ def test_edit_is_linear_in_alpha_and_in_beta() -> None:
 def test_without_beta_the_mistaken_text_does_not_matter_while_its_marks_stay() -> None:
     method, forward = edit(beta=0), Seen()
     pair = method.encode(tiny.tokenizer(), tiny.examples(1)[0], 0)
-    noise = pair.views[MISTAKEN].__class__(tuple(reversed(pair.views[MISTAKEN].ids)), pair.views[MISTAKEN].answer)
+    noise = Response(tuple(reversed(pair.views[MISTAKEN].ids)), pair.views[MISTAKEN].answer)
     other = Pair(0, pair.id, pair.prompt, {**pair.views, MISTAKEN: noise}, pair.marks)
     assert float(method.loss([pair], forward).total) == pytest.approx(float(method.loss([other], forward).total), rel=1e-6)
 
@@ -440,3 +561,27 @@ def test_the_first_stage_learns_the_view_that_the_mistake_copies() -> None:
     without = tiny.examples(1)[0].model_copy(update={"mistake": None})
     assert list(method.select(without)) == ["formal_symbolic"]
     assert not edit().encode(tiny.tokenizer(), without, 0).views
+
+
+def test_edit_leaves_out_a_pair_of_which_one_text_is_too_long() -> None:
+    method, (one, other) = edit(), tiny.examples(2)
+    assert one.mistake
+    longer = one.model_copy(update={"mistake": one.mistake.model_copy(update={"text": one.mistake.text + " So it is." * 50})})
+    limit = method.encode(tiny.tokenizer(), other, 0).longest
+    found = encode_all(tiny.tokenizer(), method, [longer, other], limit, "drop")
+    assert [question.id for question in found.questions] == [other.id]
+    assert found.left_out == {"views": 2, "questions": 1}
+    method.loss(found.questions, Seen())
+    with pytest.raises(DataError, match=f"question '{one.id}' has"):
+        encode_all(tiny.tokenizer(), method, [longer, other], limit, "refuse")
+
+
+def test_edit_wants_mistakes_before_its_first_stage() -> None:
+    without = [example.model_copy(update={"mistake": None}) for example in tiny.examples(3)]
+    first = Edit.stages(resolved(config.Edit()))[0].settings.method
+    for options in (first, config.Edit()):
+        method = method_class(options.method)
+        with pytest.raises(DataError, match="synthesis.mistakes: true"):
+            method.examples(options, without, seed=17)
+        some = [*without, tiny.examples(4)[3]]  # the others are left out, or learnt by another view
+        assert list(method.examples(options, some, seed=17)) == some

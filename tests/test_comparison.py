@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mind import comparison, tables
+from mind import comparison, forgetting, tables
 from mind.config import Config, merge
 from mind.errors import ConfigError, DataError
 from mind.latent import LatentMap
@@ -127,6 +127,15 @@ def test_worse_is_called_worse_and_counts_what_was_forgotten(workspace: Workspac
     lost = sum(int((BETTER[name] & ~BASE[name]).sum()) for name in DOMAIN)
     assert row.forgot == (lost, sum(int(BETTER[name].sum()) for name in DOMAIN))
     assert f"it has {lost} wrong" in row.finding
+
+
+def test_the_table_and_the_run_say_the_same_of_what_was_forgotten(workspace: Workspace, config: Config) -> None:
+    write(workspace, "without-fusion", NOISY)
+    lost, known = comparison.compare(workspace, config, ["without-fusion"]).rows[1].forgot or (0, 0)
+    own, reference = (forgetting._grades(workspace.report(name)) for name in ("without-fusion", "base"))
+    shares = forgetting.forgotten(own, reference)
+    assert shares["eval/forgot"] == lost / known > 0
+    assert shares["eval/primer/forgot"] == (BASE["primer"] & ~NOISY["primer"]).sum() / BASE["primer"].sum()
 
 
 # ------------------------------------------------------------------- seeds

@@ -9,14 +9,14 @@ from ruamel.yaml import YAML
 
 from mind.config import Config, flatten, merge
 from mind.errors import ConfigError
-from mind.params import dump_yaml, load_config, nest, parse_overrides, validate
+from mind.params import dump_raw, load_config, nest, parse_overrides, validate
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_shipped_params_are_valid_and_survive_a_round_trip() -> None:
     config = load_config(ROOT / "params.yaml")
-    assert validate(YAML(typ="safe").load(dump_yaml(config))) == config
+    assert validate(YAML(typ="safe").load(dump_raw(config.model_dump(mode="json")))) == config
 
 
 def test_empty_params_mean_the_defaults() -> None:
@@ -92,6 +92,17 @@ def test_overrides_are_yaml_values_by_path() -> None:
         nest({"training..epochs": 1})
 
 
+@pytest.mark.parametrize(
+    "item",
+    ["run.variants=[base", "teacher.model=@x", "teacher.model='gpt", "run.reference=a: b: c", "seed=2026-02-30", "teacher.model=\x07"],
+)
+def test_an_override_that_is_no_yaml_is_quoted_with_how_to_write_it(item: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_overrides([item])
+    assert f"--set '{item}'" in str(caught.value)
+    assert "bracket" in str(caught.value) and "quotes" in str(caught.value)
+
+
 def test_flatten_is_the_inverse_of_nest() -> None:
     nested = {"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None}
     assert nest(flatten(nested)) == nested
@@ -107,6 +118,15 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path) -> None:
     broken = tmp_path / "params.yaml"
     broken.write_text("seed: 1\nrun: [\n")
     with pytest.raises(ConfigError, match=r"params.yaml, line \d"):
+        load_config(broken)
+    broken.write_text("seed: 1\nstarted: 2026-02-30\n")
+    with pytest.raises(ConfigError, match="params.yaml: day is out of range"):
+        load_config(broken)
+    broken.write_text("seed: \x07")
+    with pytest.raises(ConfigError, match="params.yaml: unacceptable character"):
+        load_config(broken)
+    broken.write_bytes("seed: 1  # für alle".encode("latin-1"))
+    with pytest.raises(ConfigError, match="params.yaml: 'utf-8' codec"):
         load_config(broken)
     broken.write_text("just text")
     with pytest.raises(ConfigError, match="holds str"):

@@ -130,7 +130,8 @@ def test_nothing_asked_nothing_answered(tokenizer: Any) -> None:
         ("So the answer is the sum of 3 and 4.\n", False),  # reasoning
         ("The answer is 7.", False),  # 7.5 may follow
         ("The answer is:\n", False),  # it stands on the next line
-        ('It says "The answer is <letter>."\n', False),  # the instruction said again
+        ("The answer is <yes>.\n", True),
+        ("The answer is <letter>.\n", False),  # the instruction said again
         ("3 + 4 = 7.\n", False),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +14,12 @@ import torch
 from mind import config, outputs, params
 from mind.methods.base import Setup
 from mind.methods.mcc import Mcc
-from mind.records import PERSPECTIVES, write_jsonl
+from mind.methods.mode import Mode
+from mind.records import PERSPECTIVES, Example, Rows, write_jsonl
 from mind.stages import distill
 from mind.students.loading import load_student
 from mind.training import loop
+from mind.training.peers import ALONE
 from mind.workspace import Workspace
 from tests import tiny
 
@@ -51,6 +55,11 @@ def made(workspace: Workspace, variant: str, **training: Any) -> dict[str, Any]:
     """The manifest of a student that `distill` has just made."""
     distill.run(settings(workspace, **training), workspace, variant)
     return outputs.read_manifest(workspace.student(variant))
+
+
+def making(workspace: Workspace, variant: str, own: config.Config) -> distill._Making:
+    """The way to a student, without its MLflow run."""
+    return distill._Making(own.variant(variant), Rows(workspace.dataset / "train.jsonl", Example), {}, workspace, ALONE)
 
 
 def history(workspace: Workspace, variant: str) -> list[dict[str, float]]:
@@ -119,7 +128,7 @@ def test_a_stage_that_is_killed_costs_no_finished_one(workspace: Workspace, trai
     made(workspace, "edit")
     whole = outputs.digest_path(workspace.student("edit"))
     for folder in (workspace.trained("x").parent, workspace.student("edit")):
-        __import__("shutil").rmtree(folder)
+        shutil.rmtree(folder)
     trainings.clear()
     counted = distill.train
 
@@ -144,6 +153,57 @@ def test_the_two_rows_of_sbs_are_one_training(workspace: Workspace, trainings: l
     adapters = [workspace.student(name) / "adapter" / "adapter_model.safetensors" for name in ("sbs", "sbs-explain")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
     assert one["fingerprint"] != other["fingerprint"], "each is a run of its own"
+
+
+def test_what_variants_share_they_share_with_every_seed(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[str] = []
+    monkeypatch.setattr(distill._Making, "_add", lambda self, stage, key: keys.append(key))
+
+    def keys_of(variant: str) -> list[str]:
+        keys.clear()
+        making(workspace, variant, own)._train_all()
+        return list(keys)
+
+    plain = settings(workspace)
+    over = params.over_seeds(plain, ["mode", "socratic", "sbs", "sbs-explain"], [17, 18])
+    own = params.validate(config.merge(plain.model_dump(mode="json"), over))
+    for seed in ("", "-18"):
+        assert keys_of(f"socratic{seed}")[0] == keys_of(f"mode{seed}")[PERSPECTIVES.index("socratic")]
+        assert keys_of(f"sbs{seed}") == keys_of(f"sbs-explain{seed}")
+    for name in ("mode", "sbs"):
+        assert not {*keys_of(name)} & {*keys_of(f"{name}-18")}, "another seed is another training"
+
+
+def test_scarce_memory_halves_the_questions_of_a_pass_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[tuple[int, int]] = []
+    build = distill.table.build
+
+    def watched(options: Any, setup: Setup) -> Any:
+        passes.append((setup.batch_questions, setup.step_questions))
+        return build(options, setup)
+
+    monkeypatch.setattr(distill.table, "build", watched)
+    monkeypatch.setenv("MIND_MEMORY", "scarce")
+    making(workspace, "socratic", settings(workspace, questions_per_step=8))._train_all()
+    assert passes == [(4, 8)]
+
+
+def test_a_mixture_is_searched_where_its_experts_were_trained(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Exception):
+        pass
+
+    devices: list[str] = []
+
+    def conclude(student: Any, *rest: Any) -> None:
+        devices.append(student.model.device.type)
+        raise Stop
+
+    monkeypatch.setattr(loop, "Accelerator", lambda: SimpleNamespace(device=torch.device("meta")))  # as if it were a GPU
+    monkeypatch.setattr(distill._Making, "_add", lambda *args: None)
+    monkeypatch.setattr(Mode, "conclude", conclude)
+    with pytest.raises(Stop):
+        making(workspace, "mode", settings(workspace)).make(workspace.root)
+    assert devices == ["meta"]
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ OPTIONS = ("annoy", "eat meat", "open doors", "a bank", "a bank account")
         ("The answer is 2e3.", "2000"),
         ("The answer is 12.\n\nThe answer is <number>.", "12"),  # the instruction said again states nothing
         ("3 + 4 = 7.\n\nSo the answer is", "7"),  # cut off
+        ("3 + 4 = 7.\n\nSo the answer is \\(", "7"),
         ("Number of ducks = 300 / 50 = 6, which is \\(\\boxed{", "6"),
     ],
 )
@@ -175,6 +176,7 @@ def test_letter_and_text_of_an_option_agree(letter: str, gold: str) -> None:
     [
         ("The answer is yes.", "yes"),
         ('The answer is "No"', "no"),
+        ("The answer is <yes>.", "yes"),
         ("The answer is no, since there is no way.", "no"),
         ("Yes, a potato has no milk. The answer is no.", "no"),
         ("There is no reason to doubt it. So, yes.", "yes"),

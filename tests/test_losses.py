@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import log_softmax
@@ -69,6 +70,26 @@ def test_jsd_sends_gradient_to_both_sides() -> None:
     assert q.grad is not None and q.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
+def test_symmetric_kl_is_the_mean_of_both_directions(scale: float) -> None:
+    p, q = logprobs(1, 3, 2, 17, scale=scale), logprobs(2, 3, 2, 17, scale=scale)
+    there, back = (F.kl_div(b, a, log_target=True, reduction="none").sum(dim=-1).mean(dim=-1) for a, b in ((p, q), (q, p)))
+    assert not torch.allclose(there, back, rtol=1e-3)
+    torch.testing.assert_close(losses.symmetric_kl(p, q), (there + back) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_symmetric_kl_of_close_distributions_is_four_times_their_jsd() -> None:
+    logits, change = torch.randn(2, 3, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    p, q = log_softmax(logits, dim=-1), log_softmax(logits + 1e-3 * change, dim=-1)
+    assert float(losses.symmetric_kl(p, q)) == pytest.approx(4 * float(losses.jsd(p, q)), rel=1e-4)
+
+
+def test_a_temperature_divides_the_logits_of_an_answer() -> None:
+    logits = 5 * torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(losses.span_logprobs(logits, 2.5), log_softmax(logits / 2.5, dim=-1))
+    assert not torch.allclose(losses.span_logprobs(logits, 2.5), losses.span_logprobs(logits), atol=0.1)
+
+
 def test_consistency_is_the_weighted_sum_over_pairs() -> None:
     p, alpha = logprobs(1, 4, 2, 9), torch.tensor([0.1, 0.2, 0.3, 0.4])
     pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
@@ -82,7 +103,7 @@ def test_the_gradient_of_consistency_is_that_of_the_sum_over_pairs() -> None:
         torch.tensor([0.1, 0.2, 0.3, 0.4]),
     )
     log_p = log_softmax(logits, -1)
-    pairs = sum(alpha[i] * alpha[j] * losses.jsd(log_p[i], log_p[j]) for i in range(4) for j in range(i + 1, 4))
+    pairs = torch.stack([alpha[i] * alpha[j] * losses.jsd(log_p[i], log_p[j]) for i in range(4) for j in range(i + 1, 4)]).sum()
     (expected,) = torch.autograd.grad(3 * pairs, logits, retain_graph=True)
     (found,) = torch.autograd.grad(3 * losses.pairwise_consistency(log_p, alpha), logits)
     torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-5)

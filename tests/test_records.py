@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from mind import outputs
+from mind import memory, outputs
 from mind.errors import DataError, MindError
 from mind.records import Question, read_jsonl, read_questions, write_jsonl
 
@@ -67,6 +69,30 @@ def test_an_output_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MindError, match="cannot write"), outputs.stage_output(tmp_path / "file" / "out"):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.get)
+def test_a_full_disk_says_so_wherever_it_is_met(tmp_path: Path, number: int) -> None:
+    with pytest.raises(MindError, match="free some space"), outputs.stage_output(tmp_path / "out"):
+        raise OSError(number, os.strerror(number))  # of a write to an open file: no path
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS], ids=errno.errorcode.get)
+def test_an_output_that_may_not_be_written_says_so_and_a_foreign_file_is_named_itself(tmp_path: Path, number: int) -> None:
+    with pytest.raises(MindError, match="cannot write"), outputs.stage_output(tmp_path / "out") as partial:
+        raise OSError(number, os.strerror(number), str(partial / "model"))
+    for foreign in ((str(tmp_path / "key"),), ()):
+        with pytest.raises(OSError) as caught, outputs.stage_output(tmp_path / "out"):
+            raise OSError(number, os.strerror(number), *foreign)
+        assert caught.value.errno == number
+
+
+def test_an_error_of_the_work_inside_passes_unchanged(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent"), outputs.stage_output(tmp_path / "out"):
+        (tmp_path / "absent").read_text()
+    with pytest.raises(OSError) as caught, outputs.stage_output(tmp_path / "out"):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    assert memory.is_exhausted(caught.value)
 
 
 def test_a_manifest_is_the_same_for_equal_runs(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_regression_is_more_than_chance(old: tuple[int, int] | None, new: tupl
 
 
 def test_the_command_says_what_it_would_do(home: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    (home.root / "params.yaml").write_text(params.dump_yaml(made_config(home)))
+    (home.root / "params.yaml").write_text(params.dump_raw(made_config(home).model_dump(mode="json")))
     rows(home, "fresh", [("What is 2 plus 2?", 4)])
     try:
         doors.reevaluate(home, dry_run=True)

@@ -18,6 +18,7 @@ from mind.statistics import (
     paired_difference,
     repeated_accuracy,
     repeated_difference,
+    unpaired_difference,
     wilson,
 )
 
@@ -105,6 +106,8 @@ def test_pairs_must_be_the_same_questions() -> None:
 
 def test_nothing_compared_says_nothing() -> None:
     assert paired_difference([], []) == Difference(0.0, -1.0, 1.0, 1.0, 0, 0, 0)
+    for ours, theirs in (((0, 0), (0, 0)), ((3, 4), (0, 0)), ((0, 0), (3, 4))):
+        assert unpaired_difference(ours, theirs) == (0.0, -1.0, 1.0)
 
 
 @settings(deadline=None)
@@ -325,6 +328,23 @@ def test_newcombe_agrees_with_the_published_example() -> None:
     difference = paired_difference(*table(1, 1, 7, 12))
     assert (round(difference.low, 3), round(difference.high, 3)) == (-0.507, -0.026)
     assert difference.value == pytest.approx(-6 / 21)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "low", "high"),
+    [  # Newcombe, Statistics in Medicine 17 (1998), pages 873 to 890, table II, method 10
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((5, 56), (0, 29), -0.0381, 0.1926),
+        ((10, 10), (0, 20), 0.6791, 1.0),
+    ],
+)
+def test_newcombe_of_different_questions_agrees_with_the_published_table(
+    ours: tuple[int, int], theirs: tuple[int, int], low: float, high: float
+) -> None:
+    found = unpaired_difference(ours, theirs)
+    assert (round(found.low, 4), round(found.high, 4)) == (low, high)
+    assert found.value == pytest.approx(ours[0] / ours[1] - theirs[0] / theirs[1])
 
 
 # --------------------------------------------------------------- coverage

@@ -20,7 +20,7 @@ import pytest
 
 from mind.config import Config
 from mind.errors import DataError, MindError, PassingError, TeacherError
-from mind.params import dump_yaml, validate
+from mind.params import dump_raw, validate
 from mind.records import PERSPECTIVES, Mistake, Rationale, read_jsonl
 from mind.stages import synthesize
 from mind.teacher.cache import ReplyCache
@@ -291,7 +291,7 @@ with exit_on_error(debug=False, passing=75):
 
 def start(place: Workspace, settings: Config, tracked: bool = False) -> subprocess.Popen[str]:
     """The stage in a process of its own, with or without its MLflow run."""
-    place.params.write_text(dump_yaml(settings))
+    place.params.write_text(dump_raw(settings.model_dump(mode="json")))
     command = [sys.executable, "-c", PROCESS.format(function="run" if tracked else "write")]
     environment = {**os.environ, "OPENAI_API_KEY": CANARY}
     return subprocess.Popen(command, cwd=place.root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -13,7 +13,9 @@ import torch
 
 from mind import config
 from mind.errors import DataError, MindError
+from mind.methods.base import Method, Terms
 from mind.methods.table import build
+from mind.methods.without_fusion import WithoutFusion
 from mind.students.loading import LoadedStudent
 from mind.training import checkpoint
 from mind.training.loop import Log, Trained, make_tunable, rate, train
@@ -128,6 +130,31 @@ def test_with_all_checkpoints_damaged_it_starts_again(tmp_path: Path, capsys: py
     assert capsys.readouterr().err.count("is damaged") == 2
 
 
+def test_what_a_restart_saves_outlives_the_damaged_states_of_later_steps(tmp_path: Path) -> None:
+    for step in (50, 100):
+        checkpoint.save(tmp_path, step, {"step": step})
+    for path in tmp_path.glob("*.pt"):
+        _flip_a_byte(path)
+    assert checkpoint.load(tmp_path) is None
+    for step in (0, 10, 20):
+        checkpoint.save(tmp_path, step, {"step": step})
+        assert checkpoint.load(tmp_path) == {"step": step}
+    assert {path.stem for path in tmp_path.iterdir()} == {"step-00000010", "step-00000020"}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=["python", "torch"])
+def test_a_state_that_memory_cannot_hold_is_no_damaged_one(tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, 50, {"step": 50})
+
+    def refuses(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patched, pytest.raises(type(error)):
+        patched.setattr(torch, "load", refuses)
+        checkpoint.load(tmp_path)
+    assert checkpoint.load(tmp_path) == {"step": 50}
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     done = run(PLAIN, folder=tmp_path)
     assert_same(run(PLAIN, folder=tmp_path, log=stop_at(0)), done)
@@ -235,7 +262,7 @@ def test_before_the_first_step_the_student_is_as_it_was(tmp_path: Path) -> None:
 def test_every_question_is_seen_once_an_epoch_and_epochs_differ_in_order() -> None:
     seen: list[str] = []
 
-    class Watching(build(PLAIN, None).__class__):  # type: ignore[misc, arg-type]
+    class Watching(WithoutFusion):
         def loss(self, questions: Any, forward: Any) -> Any:
             seen.extend(question.id for question in questions)
             return super().loss(questions, forward)
@@ -252,6 +279,16 @@ def test_history_is_the_mean_over_the_logged_steps_and_the_rest() -> None:
     assert [row["step"] for row in coarse.history] == [2, 4, 5]
     own = [row["train/loss"] for row in fine.history]
     assert [row["train/loss"] for row in coarse.history] == pytest.approx([(own[0] + own[1]) / 2, (own[2] + own[3]) / 2, own[4]])
+
+
+def test_a_method_need_not_measure_anything() -> None:
+    class Silent(Method):
+        def loss(self, questions: Any, forward: Any) -> Terms:
+            terms = super().loss(questions, forward)
+            return Terms(terms.total, terms.tokens)
+
+    silent = train(tiny.load(), resolved(PLAIN), tiny.examples(4), Silent)
+    assert silent.history == [{"step": 2}, {"step": 4}] and silent.tokens > 0
 
 
 def test_log_gets_the_speed_and_the_history_does_not() -> None:

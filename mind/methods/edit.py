@@ -6,7 +6,7 @@ The second stage trains on the tokens alone in which the two differ: up on the c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mind import config
 from mind.methods.base import Method, Stage, Terms
+from mind.methods.single import demand_mistakes
 from mind.records import Example
 from mind.training.layout import Encoded, Forward, encode
 from mind.training.losses import weighted_ce
@@ -63,6 +64,10 @@ class Pair(Encoded):
 
     marks: Mapping[str, Sequence[int]]
 
+    def up_to(self, limit: int) -> Pair:
+        """Both texts or neither: one alone has nothing to be compared with."""
+        return self if self.longest <= limit else replace(self, views={}, marks={})
+
 
 class Edit(Method):
     """L = 1/|R+| sum w+_t nll_t(correct) + 1/|R-| sum w-_t c_t nll_t(mistaken), summed over pairs.
@@ -83,7 +88,7 @@ class Edit(Method):
         own = settings.method
         assert isinstance(own, config.Edit)
         first: Any = config.Single(perspective="copied") if own.first == "copied" else config.WithoutFusion()
-        half = settings.training.tokens and settings.training.tokens // 2
+        half = settings.training.tokens and max(1, settings.training.tokens // 2)  # 0 would be no budget at all
         tuned = settings.training.model_copy(update={"tokens": half})
         rate = settings.training.learning_rate * own.rate
         second = tuned.model_copy(update={"epochs": own.epochs, "learning_rate": rate})
@@ -91,6 +96,11 @@ class Edit(Method):
             Stage("sft", settings.model_copy(update={"method": first, "training": tuned}), shared=True),
             Stage("key-steps", settings.model_copy(update={"training": second})),
         )
+
+    @classmethod
+    def examples(cls, options: config.Edit, examples: Sequence[Example], seed: int) -> Sequence[Example]:
+        demand_mistakes(examples)
+        return examples
 
     def select(self, example: Example) -> Mapping[str, str]:
         if example.mistake is None or example.mistake.perspective not in example.views:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,16 @@ def pick_diverse(texts: Mapping[str, str], count: int, dice: random.Random) -> l
     return sorted(chosen, key=list(texts).index)
 
 
+@dataclass(frozen=True)
+class Pool(Encoded):
+    """`views` are those that a step draws its two from."""
+
+    def up_to(self, limit: int) -> Encoded:
+        """The views that are short enough; none where fewer than two are."""
+        kept = super().up_to(limit)
+        return kept if len(kept.views) > 1 else replace(kept, views={})
+
+
 class Mcc(Drawing):
     """L = 1/2 [CE(v1) + CE(v2)] + a * symmetric KL between the answer distributions after v1 and after v2; gradient into both."""
 
@@ -47,11 +59,16 @@ class Mcc(Drawing):
         "no LoRA on the output head; a = 0.01 and T = 1 by default (the authors' scripts differ among themselves)."
     )
     options: config.Mcc
+    encoded = Pool
 
     def select(self, example: Example) -> Mapping[str, str]:
         dice = random.Random(f"{self.lots.seed}/{example.id}")
         names = pick_diverse(example.views, self.options.pool, dice)
         return {name: example.views[name] for name in names} if len(names) > 1 else {}
+
+    def encode(self, tokenizer: Any, example: Example, index: int) -> Pool:
+        whole = super().encode(tokenizer, example, index)
+        return Pool(whole.index, whole.id, whole.prompt, whole.views)
 
     def loss(self, questions: Sequence[Encoded], forward: Forward) -> Terms:
         pairs = [self.lots.draw(question.index).sample(list(question.views), 2) for question in questions]

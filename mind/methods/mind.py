@@ -68,9 +68,10 @@ class Memory:
         q, k = torch.tensor(places).unbind(dim=1)
         signal = (outputs.ce() if self.feedback == "target" else outputs.answer_ce).detach().cpu()
         if not signal.isfinite().all():  # a NaN would stand for a view that the question does not have
-            row, name = next((q[i], PERSPECTIVES[k[i]]) for i in range(len(signal)) if not signal[i].isfinite())
+            place = int((~signal.isfinite()).nonzero()[0])
+            row, view = places[place]
             raise MindError(
-                f"the student's loss on view '{name}' of question '{questions[row].id}' is no finite number",
+                f"the student's loss on view '{PERSPECTIVES[view]}' of question '{questions[row].id}' is no finite number",
                 wanted="a finite number",
                 do="lower training.learning_rate and run again; before the first step: student.dtype: float32, or look into that rationale",
             )

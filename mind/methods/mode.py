@@ -20,6 +20,7 @@ from mind.methods.base import Mixture, Stage
 from mind.methods.single import held_out
 from mind.records import PERSPECTIVES, Example
 from mind.students.loading import LoadedStudent, add_adapter, put_adapter, read_adapter
+from mind.training.corpus import token_limit
 from mind.training.layout import Forward, Group, encode_example, packed
 
 Adapter = Mapping[str, Tensor]
@@ -88,7 +89,7 @@ class Mode(Mixture):
             raise ConfigError(
                 f"variant '{settings.name}': method 'mode' mixes LoRA adapters", wanted="tuning: lora", do="set student.tuning to lora"
             )
-        share = settings.training.tokens and settings.training.tokens // len(PERSPECTIVES)
+        share = settings.training.tokens and max(1, settings.training.tokens // len(PERSPECTIVES))  # 0 would be no budget at all
         training = settings.training.model_copy(update={"tokens": share})
         experts = [config.Single(perspective=name, hold_out=own.support) for name in PERSPECTIVES]
         return tuple(
@@ -105,9 +106,13 @@ class Mode(Mixture):
         assert isinstance(own, config.Mode)
         experts = [read_adapter(part) for part in parts]
         student.model = add_adapter(student.model, settings.student.lora, len(experts) if own.merge == "exact" else 1).eval()
-        support = [group for example in held_out(examples, own.support, settings.seed) for group in _groups(student, example)]
+        limit = token_limit(student.model, settings.training)
+        support = _support(student, held_out(examples, own.support, settings.seed), limit)
         if not support:
-            raise DataError("no question is left to weigh the experts of 'mode' on", wanted="more than one question in the dataset")
+            raise DataError(
+                "no question is left to weigh the experts of 'mode' on",
+                wanted=f"more than one question in the dataset, with views of at most {limit} tokens",
+            )
         forward = partial(packed, student.model)
         with progress.bar(f"mix {settings.name}", own.trials + 1, "mixtures") as bar:
 
@@ -129,5 +134,14 @@ def mean_nll(groups: Sequence[Group], forward: Forward) -> float:
     return float(sum(out.nll.sum() for out in outputs)) / int(sum(out.mask.sum() for out in outputs))
 
 
-def _groups(student: LoadedStudent, example: Example) -> list[Group]:
-    return [encode_example(student.tokenizer, example, example.views, 0).group()]
+def _support(student: LoadedStudent, examples: Sequence[Example], limit: int) -> list[Group]:
+    """These questions, each with its views of at most `limit` tokens.
+
+    Whatever training.too_long says, longer ones are named and left out: by now all experts are trained.
+    """
+    whole = [encode_example(student.tokenizer, example, example.views, 0) for example in examples]
+    kept = [question.up_to(limit) for question in whole]
+    views, short = (sum(len(question.views) for question in questions) for questions in (whole, kept))
+    if short < views:
+        progress.console.print(f"mix: {views - short} of {views} held-out views have more than {limit} tokens and are left out")
+    return [question.group() for question in kept if question.views]

@@ -24,12 +24,15 @@ class Tasks(Encoded):
     explain: Mapping[str, Group]
 
     def up_to(self, limit: int) -> Tasks:
+        """The prediction and the explanations that are short enough; nothing where one of the two tasks would be missing."""
         kept = {name: group for name, group in self.explain.items() if _length(group) <= limit}
-        return replace(self, views=self.views if kept else {}, explain=kept)
+        whole = kept and _length(self.group()) <= limit
+        return replace(self, explain=kept) if whole else replace(self, views={}, explain={})
 
     @property
     def longest(self) -> int:
-        return max(map(_length, [self.group(), *self.explain.values()]))
+        """Tokens of the longer task with its longest text; 0 for a question without tasks."""
+        return max(map(_length, [self.group(), *self.explain.values()])) if self.views else 0
 
 
 class Sbs(Drawing):

@@ -19,6 +19,20 @@ def held_out(examples: Sequence[Example], count: int, seed: int) -> list[Example
     return nsmallest(count, examples, key=lambda e: (-len(e.views), digest_bytes(str(seed).encode(), b"held out", e.id.encode())))
 
 
+def demand_mistakes(examples: Sequence[Example]) -> None:
+    """Refuse a dataset without a mistake; reads no further than to the first.
+
+    Raises:
+        DataError: nothing in it tells `edit`, or the first stage that `edit` shares, which views were copied.
+    """
+    if len(examples) and not any(example.mistake for example in examples):
+        raise DataError(
+            f"none of {len(examples)} questions has a mistaken rationale, which `edit` learns from",
+            wanted="a dataset made with synthesis.mistakes: true",
+            do="set it and run synthesize and snapshot again; rationales that are there are not bought twice",
+        )
+
+
 class Single(Method):
     caption = "One perspective: plain fine-tuning on one rationale a question."
     options: config.Single
@@ -29,6 +43,8 @@ class Single(Method):
 
     @classmethod
     def examples(cls, options: config.Single, examples: Sequence[Example], seed: int) -> Sequence[Example]:
+        if options.perspective == "copied":
+            demand_mistakes(examples)  # here, since it is EDIT's first stage: it would be trained for nothing
         if 0 < len(examples) <= options.hold_out:
             raise DataError(
                 f"all of {len(examples)} questions are held out for `mode` to weigh its experts on ({options.hold_out} are wanted)",

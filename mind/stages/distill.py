@@ -24,7 +24,7 @@ from mind.methods.base import Mixture, Stage
 from mind.progress import console
 from mind.records import Example, Rows
 from mind.students.loading import MODEL, LoadedStudent, find_student, load_student, save_student
-from mind.training.loop import Log, Trained, train
+from mind.training.loop import Log, Trained, device, train
 from mind.training.peers import Peers, launch, launched
 from mind.versioning import version_of
 from mind.workspace import Workspace
@@ -127,7 +127,7 @@ class _Making:
         self._train_all()
         method = table.method_class(self.settings.method.method)
         if issubclass(method, Mixture):
-            student = load_student(self.settings.student)
+            student = load_student(self.settings.student, device=device())
             row = method.conclude(student, self.settings, self.parts, self.examples)
             save_student(student, self.settings.student, folder)
             self.history.append({"step": self.steps, **row})
@@ -144,9 +144,10 @@ class _Making:
 
     def _train_all(self) -> None:
         method = table.method_class(self.settings.method.method)
+        method.examples(self.settings.method, self.examples, self.settings.seed)  # what its last stage lacks, no stage is trained for
         key = ""
         for stage in method.stages(self.settings):
-            own = stage.settings.model_dump(mode="json", exclude={"name"})
+            own = stage.settings.model_dump(mode="json", exclude={"name", "repeats"})  # what it is called decides nothing
             key = outputs.digest_json([dict(self.origin), outputs.digest_code(*CODE), "" if stage.fresh else key, own])
             self._add(stage, key)
 

@@ -23,17 +23,20 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
+from mind.prompts import PLACEHOLDERS
 from mind.students.loading import only_attends
 
 REFILL = 0.75
 """New prompts are admitted when the batch has shrunk to this share: one big prefill is cheaper than many small ones."""
 
-ANSWERED = re.compile(r"\bThe answer is:?[ \t]*[^\s:<][^\n]*\n")
+_ECHO = "|".join(map(re.escape, PLACEHOLDERS))
+
+ANSWERED = re.compile(rf"\bThe answer is:?[ \t]*+(?!{_ECHO})[^\s:][^\n]*\n")
 """An answer line that its newline has closed. With a capital: "so the answer is what we add up to" goes on, and so does the instruction
 said again, "The answer is <letter>"."""
 
 
-STATED = re.compile(r"\banswer is:?[ \t]*+(?!<)", re.IGNORECASE)
+STATED = re.compile(rf"\banswer is:?[ \t]*+(?!{_ECHO})", re.IGNORECASE)
 """What stands before the tokens whose probability is an answer's confidence."""
 
 

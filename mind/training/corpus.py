@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock
 from pydantic import TypeAdapter
 
-from mind import progress
+from mind import config, progress
 from mind.errors import DataError
 from mind.methods.base import Method
 from mind.outputs import stage_output
@@ -49,6 +49,13 @@ class Corpus:
     @property
     def left_out(self) -> dict[str, int]:
         return {"views": self.summary.views_left_out, "questions": self.summary.questions_left_out}
+
+
+def token_limit(model: Any, options: config.Training) -> int:
+    """Tokens that a prompt with one of its views may have: training.max_tokens, or less where the student sees less."""
+    own = getattr(model.config, "max_position_embeddings", None) or options.max_tokens
+    window = getattr(model.config, "sliding_window", None) or own  # inside its window, a sliding layer is a plain one
+    return min(options.max_tokens, own, window)
 
 
 def encode_all(tokenizer: Any, method: Method, examples: Sequence[Example], limit: int, too_long: str) -> Corpus:
@@ -90,13 +97,13 @@ def _encoded(tokenizer: Any, method: Method, examples: Sequence[Example], limit:
     for index, example in enumerate(examples):
         whole = method.encode(tokenizer, example, index)
         kept = whole.up_to(limit)
-        if len(kept.views) < len(whole.views) and too_long == "refuse":
+        if kept.longest < whole.longest and too_long == "refuse":
             raise DataError(
                 f"question '{example.id}' has {whole.longest} tokens with its longest view",
                 wanted=f"at most {limit} (training.max_tokens, or the student's own limit)",
                 do="raise training.max_tokens, or set training.too_long: drop",
             )
-        summary.views_left_out += len(whole.views) - len(kept.views)
+        summary.views_left_out += _rationales(whole) - _rationales(kept)
         if not kept.views:
             summary.questions_left_out += 1
             continue
@@ -106,6 +113,11 @@ def _encoded(tokenizer: Any, method: Method, examples: Sequence[Example], limit:
         yield kept
     if not summary.questions:
         raise DataError(f"none of {len(examples)} questions has a view to train on", wanted="at least one", do="look into the dataset")
+
+
+def _rationales(question: Encoded) -> int:
+    """How many it has: its views; those of `sbs` stand apart, each under a prompt of its own."""
+    return len(getattr(question, "explain", question.views))
 
 
 class _Stored(Lazy[Encoded]):

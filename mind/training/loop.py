@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mind import config, memory, progress
+from mind import config, progress
 from mind.errors import MindError
 from mind.methods.base import Method, Setup
 from mind.records import Example
 from mind.students.loading import ADAPTER, LoadedStudent, add_adapter, put_adapter, read_adapter
 from mind.training import checkpoint
 from mind.training.adapter import fuse
-from mind.training.corpus import Corpus, encode_all, encode_to, open_corpus
+from mind.training.corpus import Corpus, encode_all, encode_to, open_corpus, token_limit
 from mind.training.layout import LAYOUTS, Encoded, Group, Outputs
 from mind.training.peers import Peers
 
@@ -77,11 +77,9 @@ def train(
         MindError: the loss is no longer a number, or a checkpoint cannot be written.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state was saved before.
     """
-    settings = memory.frugal(settings)
     torch.manual_seed(settings.seed)
-    accelerator = Accelerator()
-    peers = Peers.here()
-    student.model = make_tunable(student.model, settings.student, settings.training).to(accelerator.device)
+    where, peers = device(), Peers.here()
+    student.model = make_tunable(student.model, settings.student, settings.training).to(where)
     if start is not None and (start / ADAPTER).is_dir():
         put_adapter(student.model, read_adapter(start))
     options = settings.training
@@ -96,16 +94,21 @@ def train(
         folder=checkpoints,
     )
     method = build(settings.method, setup)
-    work = student.tokenizer, method, examples, _limit(student.model, options), options.too_long
+    work = student.tokenizer, method, examples, token_limit(student.model, options), options.too_long
     if encoded and peers.first:
         encode_to(encoded, *work)
     peers.gather(None)  # nobody reads before it is written
     corpus = open_corpus(encoded, method) if encoded else encode_all(*work)
-    run = _Run(accelerator.device, peers, student.model, method, corpus, settings)
+    run = _Run(where, peers, student.model, method, corpus, settings)
     run.begin(checkpoints)
     with progress.bar(f"distill {settings.name}", *((options.tokens, "tokens") if options.tokens else (run.total, "steps"))) as bar:
         run.go(bar, log, checkpoints)
     return Trained(run.history, run.step, run.tokens, len(corpus.questions), corpus.summary.views, corpus.left_out, run.seconds)
+
+
+def device() -> torch.device:
+    """Where students train: of this process, as Accelerate finds it."""
+    return Accelerator().device
 
 
 def make_tunable(model: Any, student: config.Student, training: config.Training) -> Any:
@@ -119,12 +122,6 @@ def make_tunable(model: Any, student: config.Student, training: config.Training)
         adapted = add_adapter(model, student.lora)
         fuse(adapted)
         return adapted
-
-
-def _limit(model: Any, options: config.Training) -> int:
-    own = getattr(model.config, "max_position_embeddings", None) or options.max_tokens
-    window = getattr(model.config, "sliding_window", None) or own  # inside its window, a sliding layer is a plain one
-    return min(options.max_tokens, own, window)
 
 
 # ---------------------------------------------------------------------- run
@@ -197,12 +194,17 @@ class _Run:
                 if self.step % self.options.log_steps == 0 or self.done >= 1:
                     self._log(log, (self.tokens - tokens) / (time.monotonic() - started))
                     started, tokens = time.monotonic(), self.tokens
-                bar.advance(self._counted() - before, f"loss {self.history[-1]['train/loss']:.3f}" if self.history else "")
+                bar.advance(self._counted() - before, self._loss())
                 interrupted = any(self.peers.gather(came()))
                 if interrupted or self.step % self.options.checkpoint_steps == 0:
                     self._save(checkpoints)
                 if interrupted:
                     raise KeyboardInterrupt
+
+    def _loss(self) -> str:
+        """The latest of the history; a method need not measure one."""
+        loss = self.history[-1].get("train/loss") if self.history else None
+        return "" if loss is None else f"loss {loss:.3f}"
 
     def _one_step(self) -> None:
         self.model.train()
