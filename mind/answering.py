@@ -209,7 +209,7 @@ def _decode_with_vllm(
             params = [SamplingParams(temperature=_temperature(settings), max_tokens=settings.max_new_tokens, seed=seeds[p]) for p in places]
             found = engine.generate([{"prompt_token_ids": prompts[p]} for p in places], params, use_tqdm=False)
             for place, one in zip(places, found, strict=True):
-                keep(place, decoding.Completion(one.outputs[0].text, len(one.outputs[0].token_ids)))
+                keep(place, decoding.Completion(decoding.until_answered(one.outputs[0].text), len(one.outputs[0].token_ids)))
 
 
 class _Kept:
@@ -273,7 +273,7 @@ async def _ask_all(
         body = request_body(endpoint, [{"role": "user", "content": who.ask(question)}], endpoint.max_tokens, asked.sample)
         reply = await client.ask(Request(body, asked.sample))
         shown.advance(note=benchmarks[asked.benchmark].name)
-        return Answer(id=question.id, output=reply.visible(), tokens=reply.completion_tokens, sample=asked.sample)
+        return Answer(id=question.id, output=decoding.until_answered(reply.visible()), tokens=reply.completion_tokens, sample=asked.sample)
 
     tasks = [asyncio.ensure_future(one(asked)) for asked in wanted]
     try:

@@ -131,6 +131,13 @@ def test_nothing_asked_nothing_answered(tokenizer: Any) -> None:
         ("The answer is 7.", False),  # 7.5 may follow
         ("The answer is:\n", False),  # it stands on the next line
         ("The answer is <yes>.\n", True),
+        ("The answer is: $5$.\n", True),
+        ("**The answer is:**\n", False),  # it stands below, here and in the next three
+        ("The answer is \\[\n", False),
+        ("The answer is: $$\n", False),
+        ("The answer is found as follows:\n", False),
+        ("The answer is not clear yet.\n", False),
+        ("The answer is: <letter>.\n", False),
         ("The answer is <letter>.\n", False),  # the instruction said again
         ("3 + 4 = 7.\n", False),
     ],
@@ -138,6 +145,11 @@ def test_nothing_asked_nothing_answered(tokenizer: Any) -> None:
 def test_an_answer_line_ends_the_row_when_its_line_ends(text: str, ended: bool, tokenizer: Any) -> None:
     ends = decoding._Endings(tiny.model(), tokenizer, max_new_tokens=500)
     assert ends(tokenizer(text)["input_ids"]) is ended
+
+
+def test_what_another_engine_wrote_beyond_its_answer_is_cut_off() -> None:
+    assert decoding.until_answered("3 + 2 = 5.\nThe answer is 5.\n\nQuestion: and 9?\nThe answer is 9.") == "3 + 2 = 5.\nThe answer is 5.\n"
+    assert decoding.until_answered("The answer is 5.") == "The answer is 5."
 
 
 @pytest.mark.parametrize("window", [None, 16])

@@ -31,12 +31,11 @@ REFILL = 0.75
 
 _ECHO = "|".join(map(re.escape, PLACEHOLDERS))
 
-ANSWERED = re.compile(rf"\bThe answer is:?[ \t]*+(?!{_ECHO})[^\s:][^\n]*\n")
-"""An answer line that its newline has closed. With a capital: "so the answer is what we add up to" goes on, and so does the instruction
-said again, "The answer is <letter>"."""
+ANSWERED = re.compile(rf"\bThe answer is:?+[ \t]*+(?!{_ECHO}|not\b)(?=[^\n]*\w)[^\n]*(?<!:)\n")
+"""An answer line that its newline has closed. With a capital: "so the answer is what we add up to" goes on. So does a line whose value
+comes below it ("The answer is \\[", "... is found so:"), and the instruction said again ("The answer is <letter>")."""
 
-
-STATED = re.compile(rf"\banswer is:?[ \t]*+(?!{_ECHO})", re.IGNORECASE)
+STATED = re.compile(rf"\banswer is:?+[ \t]*+(?!{_ECHO})", re.IGNORECASE)
 """What stands before the tokens whose probability is an answer's confidence."""
 
 
@@ -50,6 +49,12 @@ class Completion:
     text: str
     tokens: int
     confidence: float | None = None
+
+
+def until_answered(text: str) -> str:
+    """What `generate` would have written of this text: a server, or another engine, does not know where to stop."""
+    found = ANSWERED.search(text)
+    return text[: found.end()] if found else text
 
 
 Finish = Callable[[int, list[int], list[float]], None]
