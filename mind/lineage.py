@@ -17,6 +17,7 @@ from typing import Any
 from mind import registry, store, versioning
 from mind.config import Config
 from mind.errors import DataError
+from mind.outputs import MANIFEST, read_manifest
 from mind.records import Rationale, read_jsonl
 from mind.workspace import Workspace
 
@@ -38,7 +39,7 @@ class Lineage:
 
 
 def trace(workspace: Workspace, config: Config, name: str, question: str | None = None) -> Lineage:
-    """Walk back from `name`: a registered model ('mind-smollm2-135m@mind', '.../3'), a run's id, or a variant.
+    """Walk back from `name`: a registered model ('mind-smollm2-135m@mind', '.../3'), a run's id, or a variant (as it is in `students/`).
 
     Args:
         question: the id of one question of the dataset, to see each of its views with the request that bought it.
@@ -46,7 +47,9 @@ def trace(workspace: Workspace, config: Config, name: str, question: str | None 
     Raises:
         DataError: the store has no such run, or the dataset no such question.
     """
-    run = registry.look_up(workspace, config.tracking, name)
+    here = workspace.student(name)
+    fingerprint = read_manifest(here)["fingerprint"] if name in config.variants and (here / MANIFEST).is_file() else None
+    run = registry.look_up(workspace, config.tracking, name, fingerprint)
     if run is None:
         raise DataError(
             f"no run '{name}' in {store.database_of(workspace, config.tracking) or config.tracking.uri}",

@@ -76,9 +76,12 @@ def page(workspace: Workspace, settings: Tracking, fingerprint: str) -> str | No
     return f"{pages}/#/experiments/{found.info.experiment_id}/runs/{found.info.run_id}"
 
 
-def look_up(workspace: Workspace, settings: Tracking, name: str) -> dict[str, Any] | None:
+def look_up(workspace: Workspace, settings: Tracking, name: str, fingerprint: str | None = None) -> dict[str, Any] | None:
     """What the store knows of a run: by its id (or the start of it), by a registered model ('NAME@ALIAS', 'NAME/3', with or without
     'models:/'), or the latest run of that name. None when there is none.
+
+    Args:
+        fingerprint: of the runs of that name, this one's are meant: other settings may have made a later one.
 
     Returns:
         `run`, `name`, `status`, `started` (ms since the epoch), `tags`, `metrics`, and `models`: name, version and aliases of each
@@ -95,7 +98,8 @@ def look_up(workspace: Workspace, settings: Tracking, name: str) -> dict[str, An
         if versions:
             run = client.get_run(versions[0].run_id)
         else:
-            run = next(iter(_runs_named(client, experiment, name)), None)
+            own = store.latest(client, experiment, fingerprint) if fingerprint else None
+            run = own or next(iter(_runs_named(client, experiment, name)), None)
             if run is None:
                 return None
             versions = client.search_model_versions(f"run_id = '{run.info.run_id}'")

@@ -242,3 +242,29 @@ def saved(method: Mcc) -> Any:
     torch.save(method.state_dict(), file)
     file.seek(0)
     return file
+
+
+@pytest.mark.parametrize(
+    ("change", "variant", "alias"),
+    [
+        ({"run": {"variants": ["mind"]}, "evaluation": {"limit": 2}}, "mind", "mind"),
+        ({"variants": {"mind": {"method": "mind", "inertia": 0}}}, "mind", "mind--abc"),
+        ({"synthesis": {"limit": 2}}, "mind", "mind--abc"),
+        ({"training": {"epochs": 2}}, "mind", "mind--abc"),
+        ({"variants": {"mind": {"method": "mind"}, "mind-18": {"method": "mind", "seed": 18, "repeats": "mind"}}}, "mind-18", "mind-18"),
+        (
+            {"training": {"epochs": 2}, "variants": {"mind-18": {"method": "mind", "seed": 18, "repeats": "mind"}}},
+            "mind-18",
+            "mind-18--abc",
+        ),
+        ({"variants": {"new": {"method": "mind"}}}, "new", "new--abc"),
+    ],
+)
+def test_only_what_params_yaml_describes_bears_the_plain_name(tmp_path: Path, change: dict[str, Any], variant: str, alias: str) -> None:
+    derived = tmp_path / ".mind" / "workspaces" / "abc"
+    derived.mkdir(parents=True)
+    own: dict[str, Any] = {"variants": {"mind": {"method": "mind"}}, "run": {"variants": ["mind"], "reference": "mind"}}
+    for folder, settings in ((tmp_path, own), (derived, config.merge(own, change))):
+        (folder / "params.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    read = params.load_config(derived / "params.yaml")
+    assert distill._alias(read, Workspace(derived), read.variant(variant)) == alias

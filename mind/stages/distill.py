@@ -21,6 +21,7 @@ from mind import __version__, memory, outputs, tracking
 from mind.config import Config, Resolved, flatten
 from mind.methods import table
 from mind.methods.base import Mixture, Stage
+from mind.params import load_config
 from mind.progress import console
 from mind.records import Example, Rows
 from mind.students.loading import MODEL, LoadedStudent, find_student, load_student, save_student
@@ -70,9 +71,21 @@ def run(config: Config, workspace: Workspace, variant: str | None) -> None:
                 partial, stage="distill", inputs=inputs, config=resolved, counts=making.counts(), fingerprint=fingerprint
             )
         tracked.log({"train/seconds": making.seconds}, step=making.steps)
-        address = tracked.register(folder, f"mind-{Path(settings.student.name).name}", variant)
+        address = tracked.register(folder, f"mind-{Path(settings.student.name).name}", _alias(config, workspace, settings))
     making.clear()
     _say(settings, making, address)
+
+
+def _alias(config: Config, workspace: Workspace, settings: Resolved) -> str:
+    """What the student is registered as: its variant, or where --set made it another one than params.yaml describes, VARIANT--WORKSPACE."""
+    if workspace.root == workspace.home:
+        return settings.name
+    own, variant = load_config(Workspace(workspace.home).params), settings.repeats or settings.name
+    named = {"name", "repeats", *(["seed"] if settings.repeats else [])}  # a repetition says its seed in its name
+    alike = variant in own.variants and own.variant(variant).model_dump(exclude=named) == settings.model_dump(exclude=named)
+    made = ("teacher", "synthesis", "snapshot")
+    alike = alike and all(getattr(own, group) == getattr(config, group) for group in made)
+    return settings.name if alike else f"{settings.name}--{workspace.root.name}"
 
 
 def _keep_base(config: Config, workspace: Workspace, settings: Resolved) -> None:
