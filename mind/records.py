@@ -128,6 +128,7 @@ class Prediction(Record):
     answer: str | None  # as extracted; None when no answer was found
     gold: str
     correct: bool
+    reason: str = ""  # why it is not correct, as grading.Grade says it; empty when correct and in older reports
     tokens: int  # of all samples
     confidence: float | None = None  # the student's probability of the answer it stated; of several samples the share that agrees
     samples: tuple[str, ...] = ()  # all outputs, where several were drawn

@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from mind import outputs, registry, tracking
 from mind.config import AnyMethod, Config, Student
-from mind.errors import DataError
+from mind.errors import DataError, MindError
+from mind.progress import console
 from mind.records import write_jsonl
 from mind.workspace import Workspace
 
@@ -34,13 +35,14 @@ class Pending:
     variant: str
     student: str  # model@version of the registry, or "untrained"
     benchmark: str
-    digest: str  # of its questions
+    digest: str  # of its questions; empty when they could not be loaded
     questions: int
     fingerprint: str  # of the student's run
     version: registry.Version | None  # None: the untouched student
 
     def __str__(self) -> str:
-        return f"{self.variant} ({self.student}) on {self.benchmark}: {self.questions} questions"
+        what = f"{self.questions} questions" if self.digest else "its questions cannot be loaded"
+        return f"{self.variant} ({self.student}) on {self.benchmark}: {what}"
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,23 @@ class Result:
 def pending(config: Config, workspace: Workspace) -> list[Pending]:
     """Every pair without a result, the oldest student first.
 
+    A benchmark that cannot be loaded stands at the end, with every student: measuring it says why, after all the others.
+
     Raises:
-        ConfigError, DataError: a malformed benchmark.
-        PassingError: the hub or the tracking server does not answer.
+        PassingError: the tracking server does not answer.
     """
-    benchmarks = _benchmarks(config, workspace)
-    return [
+    benchmarks, broken = _benchmarks(config, workspace)
+    students = list(_students(config, workspace))
+    todo = [
         Pending(variant, student, benchmark.name, benchmark.digest, len(benchmark.questions), fingerprint, version)
-        for variant, student, fingerprint, tags, version in _students(config, workspace)
+        for variant, student, fingerprint, tags, version in students
         for benchmark in benchmarks
         if not _is_done(tags, benchmark)
+    ]
+    return todo + [
+        Pending(variant, student, name, "", 0, fingerprint, version)
+        for name in broken
+        for variant, student, fingerprint, _, version in students
     ]
 
 
@@ -96,13 +105,15 @@ def evaluate(config: Config, workspace: Workspace, pending: Pending) -> Result:
     """Measure one pair and put the result on the student's run: its metrics, its tag, its predictions under `reevaluated/`.
 
     Raises:
-        DataError: the benchmark has changed since it was found pending; a student that the store has lost.
+        ConfigError, DataError: a benchmark that is malformed, or has changed since it was found pending; a student that the store has lost.
         StudentError, TeacherError, PassingError: as of the stage `evaluate`.
     """
     from mind import answering, scoring
     from mind.benchmarks.loading import load
 
     benchmark = load(pending.benchmark, workspace, config.evaluation.limit)
+    if not pending.digest:  # it has been mended meanwhile
+        pending = replace(pending, digest=benchmark.digest, questions=len(benchmark.questions))
     if benchmark.digest != pending.digest:
         raise DataError(f"benchmark '{pending.benchmark}' has changed meanwhile", do="run `mind reevaluate` again")
     with _folder_of(config, workspace, pending) as folder:
@@ -138,12 +149,19 @@ def _accuracy(correct: int, n: int) -> Accuracy:
 # ------------------------------------------------------------------- what there is
 
 
-def _benchmarks(config: Config, workspace: Workspace) -> list[Benchmark]:
-    """Those that the settings name, and all that a person has put into benchmarks/."""
+def _benchmarks(config: Config, workspace: Workspace) -> tuple[list[Benchmark], list[str]]:
+    """Those that the settings name, and all that a person has put into benchmarks/; apart, the names of those that cannot be loaded."""
     from mind.benchmarks.loading import load
 
     own = sorted(path.stem for path in workspace.benchmarks.glob("*.yaml"))
-    return [load(name, workspace, config.evaluation.limit) for name in dict.fromkeys([*config.evaluation.benchmarks, *own])]
+    found, broken = [], []
+    for name in dict.fromkeys([*config.evaluation.benchmarks, *own]):
+        try:
+            found.append(load(name, workspace, config.evaluation.limit))
+        except MindError:
+            console.print(f"benchmark '{name}' cannot be loaded; the others are measured first", markup=False)
+            broken.append(name)
+    return found, broken
 
 
 def _students(config: Config, workspace: Workspace) -> Iterator[tuple[str, str, str, Any, registry.Version | None]]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from mind.answering import Answer
-from mind.benchmarks.contamination import contamination
+from mind.benchmarks.contamination import WORDS, contamination
 from mind.benchmarks.loading import Benchmark
-from mind.grading import extract, grade
+from mind.grading import TOO_SLOW, extract, grade
 from mind.records import DOMAINS, Prediction, Question
 from mind.statistics import macro_accuracy, wilson
 
@@ -37,6 +37,7 @@ def graded(benchmark: Benchmark, answers: Iterable[Sequence[Answer]]) -> list[Pr
                 answer=result.answer,
                 gold=question.answer,
                 correct=result.correct,
+                reason=result.reason,
                 tokens=sum(one.tokens for one in samples),
                 confidence=samples[0].confidence if len(samples) == 1 else share,
                 samples=tuple(one.output for one in samples) if len(samples) > 1 else (),
@@ -45,15 +46,15 @@ def graded(benchmark: Benchmark, answers: Iterable[Sequence[Answer]]) -> list[Pr
     return rows
 
 
-def _voted(answers: Sequence[str | None]) -> tuple[int, float]:
+def _voted(answers: Sequence[str | None]) -> tuple[int, float | None]:
     """The place of the first sample that has the most frequent answer (of equally frequent ones the first given), and that answer's share.
 
-    A sample without an answer has no vote; expressions count as the same when they are spelt the same.
+    A sample without an answer has no vote; where none has one there is no share. Expressions are the same when they are spelt the same.
     """
     spelt = [None if answer is None else "".join(answer.split()) for answer in answers]
     votes = Counter(answer for answer in spelt if answer is not None)  # in the order of their first appearance
     if not votes:
-        return 0, 0.0
+        return 0, None
     winner, count = votes.most_common(1)[0]
     return spelt.index(winner), count / len(answers)
 
@@ -74,10 +75,12 @@ def measure(benchmarks: Sequence[Benchmark], predictions: Sequence[Sequence[Pred
 
 
 def score(benchmark: Benchmark, rows: Sequence[Prediction]) -> dict[str, Any]:
-    """One benchmark of metrics.json."""
+    """One benchmark of metrics.json. `mean_tokens` is what a question cost: the sum over its samples, where several were drawn."""
+    slow = sum(row.reason == TOO_SLOW for row in rows)
     return {
         "domain": benchmark.domain,
         **_accuracy(rows),
+        **({"too_slow": slow} if slow else {}),  # of the wrong ones, those whose comparison with the gold answer was given up
         "answer_rate": sum(row.answer is not None for row in rows) / len(rows),
         "mean_tokens": sum(row.tokens for row in rows) / len(rows),
         **calibration(rows),
@@ -135,12 +138,19 @@ def _by(benchmark: Benchmark, rows: Sequence[Prediction], name: str, group: Call
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """What MLflow gets: eval/<benchmark>/accuracy, ci_low, ci_high, ece and the like, the same of the domains, latent/<measure>."""
+    """What MLflow gets: eval/<benchmark>/accuracy, ci_low, ci_high, ece and the like, the same of the domains, latent/<measure>.
+
+    Of the groups only difficulties, which are numbers: a topic may be any text, and MLflow takes few signs in a name.
+    """
     shown = ("accuracy", "ci_low", "ci_high", "answer_rate", "mean_tokens")
     groups = {**metrics["benchmarks"], **{domain: metrics[domain] for domain in DOMAINS if domain in metrics}}
     values = {f"eval/{name}/{key}": group[key] for name, group in groups.items() for key in shown if key in group}
     for name, group in groups.items():
         values |= {f"eval/{name}/{key}": group["calibration"][key] for key in ("confidence", "ece", "brier") if "calibration" in group}
+        levels = group.get("by_difficulty", {})
+        values |= {f"eval/{name}/difficulty/{level}/accuracy": own["accuracy"] for level, own in levels.items()}
+    for name, shared in metrics.get("contamination", {}).items():
+        values |= {f"eval/{name}/{key}": shared[key] for key in ("overlap", "same")}
     measures = {
         name: measure["value"] for name, measure in metrics.get("latent", {}).items() if isinstance(measure, dict) and "value" in measure
     }
@@ -176,7 +186,16 @@ def table(variant: str, metrics: Mapping[str, Any]) -> Table:
     for domain, label in DOMAINS.items():
         if domain in metrics:
             shown.add_row(label, *_percent(metrics[domain]))
+    shown.caption, shown.caption_justify = "\n".join(_seen(metrics)), "left"
     return shown
+
+
+def _seen(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each benchmark of which the student may have seen questions in training."""
+    for name, found in metrics.get("contamination", {}).items():
+        if found["overlap"]:
+            asked, same = metrics["benchmarks"][name]["n"], f" ({found['same']} the same)" if found["same"] else ""
+            yield f"{found['overlap']} of {asked} questions of {name} share {WORDS} words in a row with a training question{same}"
 
 
 def _percent(score: Mapping[str, float]) -> tuple[str, str]:

@@ -77,12 +77,13 @@ def vote(*texts: str, kind: Any = "number", choices: tuple[str, ...] = ()) -> Pr
         (("The answer is 12.", "The answer is 13.", "It is $13.00"), "13", 2 / 3),  # after reading, not as written
         (("The answer is 12.", "The answer is 13."), "12", 1 / 2),  # a tie goes to the first
         (("no idea", "well", "The answer is 13."), "13", 1 / 3),  # what gives no answer has no vote
-        (("no idea", "well"), None, 0.0),
+        (("no idea", "well"), None, None),  # and what is not stated has no confidence
     ],
 )
-def test_the_most_frequent_answer_counts(texts: tuple[str, ...], answer: str | None, share: float) -> None:
+def test_the_most_frequent_answer_counts(texts: tuple[str, ...], answer: str | None, share: float | None) -> None:
     row = vote(*texts)
-    assert (row.answer, row.confidence, row.samples, row.tokens) == (answer, pytest.approx(share), texts, 2 * len(texts))
+    assert (row.answer, row.samples, row.tokens) == (answer, texts, 2 * len(texts))
+    assert row.confidence == (share if share is None else pytest.approx(share))
     assert row.correct is (answer == "13")
 
 
@@ -117,6 +118,12 @@ def test_calibration_weighs_its_bins_by_their_size() -> None:
 def test_without_a_stated_answer_there_is_nothing_to_calibrate() -> None:
     assert calibration(rows((None, True))) == {}
     assert calibration(rows((None, True), (0.5, False)))["calibration"]["n"] == 1
+
+
+def test_samples_that_state_nothing_are_left_out_of_calibration() -> None:
+    voted = [vote("no idea", "well"), vote("The answer is 13.", "The answer is 13."), vote("The answer is 13.", "hm")]
+    found = calibration(voted)["calibration"]
+    assert (found["n"], found["confidence"]) == (2, 0.75)
 
 
 def test_calibration_reaches_the_run() -> None:

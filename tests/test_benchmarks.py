@@ -29,12 +29,12 @@ STARTERS = {
     "choice": ("test-choice", 96, "ood"),
     "yesno": ("test-yesno", 96, "ood"),
 }
-PUBLIC = {
-    "gsm8k": ("number", "id"),
-    "svamp": ("number", "id"),
-    "math500": ("math", "id"),
-    "csqa": ("choice", "ood"),
-    "strategyqa": ("yesno", "ood"),
+PUBLIC = {  # and the gold answer of the seventh row
+    "gsm8k": ("number", "id", "260"),
+    "svamp": ("number", "id", "13"),
+    "math500": ("math", "id", "27"),
+    "csqa": ("choice", "ood", "D"),
+    "strategyqa": ("yesno", "ood", "no"),
 }
 PUBLIC_FOLDER = os.environ.get(FOLDER_VARIABLE)
 OWN = {
@@ -45,6 +45,7 @@ OWN = {
     "file": "mine.jsonl",
     "columns": {"question": "q", "answer": "a"},
 }
+GOOD = b'{"q": "x", "a": "1"}\n'
 
 
 @pytest.fixture
@@ -102,8 +103,7 @@ def test_the_public_sets_in_their_hub_schemas(name: str, workspace: Workspace, m
     assert PUBLIC_FOLDER
     monkeypatch.setenv(FOLDER_VARIABLE, PUBLIC_FOLDER)
     found = load(name, workspace)
-    kind, domain = PUBLIC[name]
-    assert (found.kind, found.domain) == (kind, domain)
+    assert (found.kind, found.domain, found.questions[6].answer) == PUBLIC[name]
     assert len(found.questions) >= 100
 
 
@@ -226,12 +226,13 @@ def test_an_unknown_benchmark_names_the_nearest(workspace: Workspace) -> None:
     ("rows", "fault"),
     [
         ([], "no rows"),
-        ([{"q": "x", "a": "1"}, {"q": "y"}], "row 2: no column 'a'"),
-        ([{"q": "x", "a": None}], "row 1: column 'a' is empty"),
-        ([{"q": " ", "a": "1"}], "row 1: column 'q' is empty"),
-        ([{"q": "x", "a": "a dozen"}], "row 1: column 'a': the answer 'a dozen' is not a number"),
-        ([{"q": "x", "a": "1", "id": "z"}, {"q": "y", "a": "1", "id": "z"}], "row 2: the id 'z' stands twice"),
-        ([["q", "a"]], "row 1: list"),
+        ([{"q": "x", "a": "1"}, {"q": "y"}], "line 2: no column 'a'"),
+        ([{"q": "x", "a": None}], "line 1: column 'a' is empty"),
+        ([{"q": " ", "a": "1"}], "line 1: column 'q' is empty"),
+        ([{"q": "x", "a": "a dozen"}], "line 1: column 'a': the answer 'a dozen' is not a number"),
+        ([{"q": "x", "a": "1", "id": "z"}, {"q": "y", "a": "1", "id": "z"}], "line 2: the id 'z' stands twice"),
+        ([{"q": "x\ud800", "a": "1"}], "line 1: question: Input should be a valid string"),
+        ([["q", "a"]], "line 1: list"),
     ],
 )
 def test_bad_rows_are_named(rows: list[Any], fault: str, workspace: Workspace) -> None:
@@ -258,10 +259,52 @@ def test_bad_options_are_named(row: dict[str, Any], fault: str, workspace: Works
         load("mine", workspace)
 
 
-def test_broken_json_is_named_by_its_row(workspace: Workspace) -> None:
-    put(workspace, "mine.jsonl", [{"q": "x", "a": "1"}]).open("a").write('{"q": "y", \n')
-    describe(workspace)
-    with pytest.raises(DataError, match="row 2: not JSON"):
+@pytest.mark.parametrize(
+    ("file", "content", "fault"),
+    [
+        ("mine.jsonl", GOOD + b'{"q": "y", \n', "line 2: not JSON"),
+        ("mine.jsonl", GOOD + b'\n\n{"q": "y", "a": "a dozen"}\n', "line 4: column 'a'"),
+        ("mine.jsonl", GOOD + b'\n\n{"q": "y", \n', "line 4: not JSON"),
+        ("mine.jsonl", GOOD + b'{"q": "y", "a": ' + b"9" * 5000 + b"}\n", "line 2: not JSON"),
+        ("mine.jsonl", GOOD + b"[" * 100_000, "line 2: not JSON"),
+        ("mine.jsonl", GOOD + '{"q": "café", "a": "1"}\n'.encode("latin-1"), "line 2: not UTF-8"),
+        ("mine.csv", "q,a\nx,1\ncafé,1\n".encode("latin-1"), "line 3: not UTF-8"),
+        ("mine.csv", b'q,a\nx,1\n"' + b"y" * 140_000 + b'",1\n', "row 2: field larger than field limit"),
+        ("mine.csv", b'q,a\n"x,\nand y",1\ny,two\n', "row 2: column 'a'"),
+        ("mine.parquet", b"PAR1 and then nothing", "no Parquet file that can be read"),
+        ("mine.parquet", b"", "no Parquet file that can be read"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_named_by_its_place(file: str, content: bytes, fault: str, workspace: Workspace) -> None:
+    (workspace.data / "benchmarks" / file).write_bytes(content)
+    describe(workspace, file=file)
+    with pytest.raises(DataError) as caught:
+        load("mine", workspace)
+    assert f"{file}" in str(caught.value) and fault in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["mine.jsonl", "mine.csv"])
+def test_a_byte_order_mark_and_ends_of_lines_of_windows_do_not_matter(file: str, workspace: Workspace) -> None:
+    text = '{"q": "x", "a": "1"}\r\n' if file.endswith("jsonl") else "q,a\r\nx,1\r\n"
+    (workspace.data / "benchmarks" / file).write_bytes(text.encode("utf-8-sig"))
+    describe(workspace, file=file)
+    assert [(question.question, question.answer) for question in load("mine", workspace).questions] == [("x", "1")]
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [("Level 5", 5), ("level 2", 2), (3.0, 3), ("3.0", 3), (" 4 ", 4), (1, 1), ("", None), (None, None)]
+)
+def test_difficulties_are_read_as_sets_write_them(given: Any, read: int | None, workspace: Workspace) -> None:
+    put(workspace, "mine.jsonl", [{"q": "x", "a": "1", "d": given}])
+    describe(workspace, columns={"question": "q", "answer": "a", "difficulty": "d"})
+    assert load("mine", workspace).questions[0].difficulty == read
+
+
+@pytest.mark.parametrize("given", ['"hard"', "1e999", "3.7", '"Level ?"', "true", "[1]", "NaN", "1" * 4000])
+def test_a_difficulty_that_is_none_is_named(given: str, workspace: Workspace) -> None:
+    (workspace.data / "benchmarks" / "mine.jsonl").write_text(f'{{"q": "x", "a": "1", "d": {given}}}\n')
+    describe(workspace, columns={"question": "q", "answer": "a", "difficulty": "d"})
+    with pytest.raises(DataError, match="line 1: column 'd': the difficulty .* is no whole number"):
         load("mine", workspace)
 
 

@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from mind import answering, forgetting, registry, store, tracking
+from mind import answering, forgetting, registry, scoring, store, tracking
 from mind.answering import Answer
 from mind.benchmarks.loading import Benchmark, load
 from mind.config import Config, Run
 from mind.errors import DataError
-from mind.grading import extract
+from mind.grading import NO_ANSWER, TOO_SLOW, WRONG, Grade, extract
 from mind.methods.base import Method
 from mind.methods.table import CLASSES
 from mind.outputs import digest_path, write_manifest
 from mind.params import validate
 from mind.prompts import student_prompt
 from mind.records import Example, Prediction, Question, Rationale, read_jsonl, write_jsonl
-from mind.scoring import graded, measure
+from mind.scoring import graded, measure, scalars, table
 from mind.stages import evaluate
 from mind.students import decoding
 from mind.workspace import Workspace
@@ -126,6 +126,9 @@ def test_the_results_are_in_the_students_run(home: Path, workspace: Workspace) -
     for name in ("primer", "choice"):
         for key in ("accuracy", "ci_low", "ci_high"):
             assert stored[f"eval/{name}/{key}"] == pytest.approx(metrics["benchmarks"][name][key])
+    assert stored["eval/math/overlap"] == metrics["contamination"]["math"]["overlap"] and stored["eval/primer/same"] == 0
+    levels = metrics["benchmarks"]["math"]["by_difficulty"]
+    assert stored["eval/math/difficulty/1/accuracy"] == pytest.approx(levels["1"]["accuracy"])
     assert stored["eval/id/accuracy"] == pytest.approx(metrics["id"]["accuracy"])
     assert stored["eval/ood/ci_high"] == pytest.approx(metrics["ood"]["ci_high"])
     for name in ("components", "ari", "silhouette"):
@@ -254,9 +257,14 @@ def test_a_missing_student_is_said(home: Path, workspace: Workspace) -> None:
 # ------------------------------------------------------------------- grades and averages
 
 
-def benchmark(name: str, golds: list[str], domain: Any = "id", topics: list[str | None] | None = None) -> Benchmark:
-    rows = zip(golds, topics or [None] * len(golds), strict=True)
-    questions = [Question(id=str(i), question=f"What is {i}?", answer=gold, topic=topic) for i, (gold, topic) in enumerate(rows)]
+def benchmark(
+    name: str, golds: list[str], domain: Any = "id", topics: list[str | None] | None = None, levels: list[int | None] | None = None
+) -> Benchmark:
+    rows = zip(golds, topics or [None] * len(golds), levels or [None] * len(golds), strict=True)
+    questions = [
+        Question(id=str(i), question=f"What is {i}?", answer=gold, topic=topic, difficulty=level)
+        for i, (gold, topic, level) in enumerate(rows)
+    ]
     return Benchmark(name, domain, "number", questions, "")
 
 
@@ -268,6 +276,14 @@ def test_answers_are_graded_by_the_one_grader() -> None:
     rows = graded(benchmark("b", ["1", "2", "3"]), answers(["The answer is 1.", "The answer is 3.", "I do not know"]))
     assert [(row.answer, row.correct) for row in rows] == [("1", True), ("3", False), (None, False)]
     assert [row.answer for row in rows] == [extract(row.output) for row in rows]
+    assert [row.reason for row in rows] == ["", WRONG, NO_ANSWER]
+
+
+def test_answers_too_slow_to_compare_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = benchmark("b", ["1", "2"])
+    assert "too_slow" not in scoring.score(own, graded(own, answers(["1", "3"])))
+    monkeypatch.setattr(scoring, "grade", lambda *_: Grade(False, "9^9^9", TOO_SLOW))
+    assert scoring.score(own, graded(own, answers(["1", "3"])))["too_slow"] == 2
 
 
 def test_averages_give_each_benchmark_the_same_weight() -> None:
@@ -287,10 +303,24 @@ def test_groups_of_questions_are_told_apart_where_they_are_known() -> None:
     assert "by_difficulty" not in metrics["benchmarks"]["a"]
 
 
+def test_difficulties_are_told_apart_and_reach_the_run() -> None:
+    known = benchmark("a", ["1", "1", "1", "1"], levels=[3, 1, 3, None])
+    metrics = measure([known], [graded(known, answers(["1", "1", "2", "1"]))], [])
+    groups = metrics["benchmarks"]["a"]["by_difficulty"]
+    assert {level: (group["n"], group["correct"]) for level, group in groups.items()} == {"1": (1, 1), "3": (2, 1)}
+    logged = scalars(metrics)
+    assert (logged["eval/a/difficulty/1/accuracy"], logged["eval/a/difficulty/3/accuracy"]) == (1, 0.5)
+
+
 def test_questions_seen_in_training_are_reported() -> None:
     own = benchmark("a", ["1", "1"])
     metrics = measure([own], [graded(own, answers(["1", "1"]))], [Question(id="t", question="what is 1", answer="1")])
     assert metrics["contamination"]["a"] == {"overlap": 1, "same": 1, "ids": ["1"]}
+    logged = scalars(metrics)
+    assert logged["eval/a/overlap"] == logged["eval/a/same"] == 1
+    assert table("mind", metrics).caption == "1 of 2 questions of a share 8 words in a row with a training question (1 the same)"
+    clean = measure([own], [graded(own, answers(["1", "1"]))], [])
+    assert scalars(clean)["eval/a/overlap"] == 0 and not table("mind", clean).caption
 
 
 def test_a_damaged_line_of_kept_answers_is_dropped(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import string
 import threading
 import time
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mind import grading
+from mind.errors import PassingError
 from mind.grading import NO_ANSWER, TOO_SLOW, WRONG, Grade, check_gold, extract, grade, split_answer_line
 from mind.records import ANSWER_LINE, Kind
 
@@ -54,6 +57,23 @@ OPTIONS = ("annoy", "eat meat", "open doors", "a bank", "a bank account")
         ("3 + 4 = 7.\n\nSo the answer is", "7"),  # cut off
         ("3 + 4 = 7.\n\nSo the answer is \\(", "7"),
         ("Number of ducks = 300 / 50 = 6, which is \\(\\boxed{", "6"),
+        ("#### Step 1: Eggs\n16 - 3 = 13\n\n#### Step 2: Money\n13 * 2 = 26 dollars.", "26"),  # headings
+        ("#### 1. Eggs\n16 - 3 = 13\n\n#### 2. Money\n13 * 2 = 26 dollars.", "26"),
+        ("work\n#### -$1,000", "-1000"),
+        ("The answer is 42. So the answer is correct.", "42"),  # a statement without a number states none
+        ("\\boxed{42}\n\nSo the answer is correct.", "42"),
+        ("Answer: Let's solve it step by step.\n3 + 4 = 7 apples.\nSo he has 7.", "7"),
+        ("The final answer is the total cost of the pens.\nTotal cost = 12 dollars", "12"),
+        ("The answer to the problem is 12 (3 more than 9).", "12"),
+        ("\\boxed{\\text{42}}", "42"),
+        ("\\boxed{2\\frac{1}{2}}", "2.5"),
+        ("\\boxed{-\\frac{1}{2}}", "-0.5"),
+        ("The answer is - 5", "-5"),
+        ("The answer is negative 5.", "-5"),
+        ("The answer is minus $5.", "-5"),
+        ("The answer is x = - 5.", "-5"),
+        ("The answer is 10 minus 5.", "10"),
+        ("The answer is:\n- 5 apples", "5"),  # a bullet
     ],
 )
 def test_numbers_that_are_right(text: str, gold: str) -> None:
@@ -69,6 +89,11 @@ def test_numbers_that_are_right(text: str, gold: str) -> None:
         ("The answer is 5-6.", "5", NO_ANSWER),
         ("The answer is 3, 4, 5.", "3", NO_ANSWER),
         ("The answer is 1/0.", "1", NO_ANSWER),
+        ("The answer is 5 million.", "5", NO_ANSWER),  # neither 5 nor all in digits
+        ("The answer is $5\\text{ million}$.", "5", NO_ANSWER),
+        ("He has **5** thousand", "5", NO_ANSWER),
+        ("\\boxed{5\\text{ or }6}", "56", NO_ANSWER),
+        ("The answer is 5. The answer is 5 or 6.", "5", NO_ANSWER),  # several are not passed over
         ("", "1", NO_ANSWER),
         ("I do not know.", "1", NO_ANSWER),
         ("The answer is 50%.", "0.5", WRONG),  # percent is a unit
@@ -124,6 +149,10 @@ def test_different_numbers_differ(one: int, other: int) -> None:
         "Answer: C) annoy",  # the letter wins over the text
         "The correct answer is C) open doors. Doors open.\n\nThe answer is <letter>.",
         "A) annoy: no.\nB) eat meat: no.\nC) open doors: yes.\nD) a bank: no.\n\nC) open doors",
+        "#### Conclusion\nThe best option is C) open doors",
+        "Answer: Let's consider each option.\nA) annoy: no\nSo it is C) open doors.",
+        "The answer is C. So the answer is correct.",
+        "work\n#### C",
     ],
 )
 def test_options_that_are_right(text: str) -> None:
@@ -146,6 +175,9 @@ def test_options_that_are_right(text: str) -> None:
         "A) annoy: cats do.\n\nB) eat meat: cats do.\n\nC) open doors: cats rarely",  # cut off while it goes through the options
         "2. **Option B: eat meat**\n   - Cats do.\n\n3. **Option C:",
         "- **B) eat meat**\n- **C) open doors**\n  - A cat may open doors",
+        "The answer is C.\nThe answer is A or B.",
+        "The answer is C.\nThe answer is annoy or eat meat.",
+        "The answer is C.\nThe answer is F.",
     ],
 )
 def test_several_options_or_none_are_wrong(text: str) -> None:
@@ -177,12 +209,30 @@ def test_letter_and_text_of_an_option_agree(letter: str, gold: str) -> None:
         ("The answer is yes.", "yes"),
         ('The answer is "No"', "no"),
         ("The answer is <yes>.", "yes"),
+        ('To see if the answer to the question "Is it?" is "yes," we think.', None),
         ("The answer is no, since there is no way.", "no"),
         ("Yes, a potato has no milk. The answer is no.", "no"),
         ("There is no reason to doubt it. So, yes.", "yes"),
         ("Yes, it can be done.", "yes"),
         ("**No**", "no"),
         ("The answer is true.", "yes"),
+        ("\\boxed{\\text{Yes}}", "yes"),
+        ("The answer is definitely yes.", "yes"),
+        ("The answer is, in short, no: it is true that cats have fur.", "no"),
+        ("The answer is no. Whether it is true or false does not matter.", "no"),
+        ("Therefore, the answer to the question is yes.", "yes"),
+        ('The answer to the question "Is chaff produced by hydropower? " is yes.', "yes"),
+        ("The answer to \u201cIs chaff true?\u201d is **no**.", "no"),
+        ("The statement is true.", "yes"),
+        ("Therefore, the statement is false.", "no"),
+        ("The answer is no. So the answer is correct.", "no"),
+        ("work\n#### no", "no"),
+        ("The answer is that this is not true.", None),
+        ("The answer is there is no reason to doubt it.", None),
+        ("The answer is that he would have no problem doing so.", None),
+        ("The statement is not true.", None),
+        ("If the statement is true, cats fly", None),
+        ("The answer is yes. The answer is yes or no.", None),
         ("The answer is yes or no.", None),
         ("There is no way to say", None),
         ("No one can.", None),
@@ -207,6 +257,20 @@ def test_yes_and_no(text: str, answer: str | None) -> None:
         ("thus $a = 3$", "3"),
         ("The answer is (3, \\pi/2).", "\\left( 3, \\frac{\\pi}{2} \\right)"),
         ("The answer is Evelyn.", "\\text{Evelyn}"),
+        ("The answer is **5**.", "5"),
+        ("The answer is `5`.", "5"),
+        ("The answer is 15 (since 3*5=15).", "15"),
+        ("The answer is $15$, because $3*5=15$.", "15"),
+        ("The answer is 5 cm^2.", "5"),
+        ("The answer is 90\u00b0.", "90"),
+        ("The answer is 90\u00b0.", "90^\\circ"),
+        ("\\boxed{10\\%}", "10"),
+        ("\\boxed{10}", "10\\%"),
+        ("#### Step 2: Simplify\nWe get $x = 4$.", "4"),
+        ("work\n#### \\frac{1}{2}", "0.5"),
+        ("\\boxed{42}\n\nSo the answer is correct.", "42"),
+        ("Answer: Let's solve it step by step.\nSo $x = 4$.", "4"),
+        ("\\boxed{\\{1,2,3\\}}", "\\{3,2,1\\}"),
     ],
 )
 def test_expressions_that_are_right(text: str, gold: str) -> None:
@@ -219,6 +283,8 @@ def test_expressions_that_are_right(text: str, gold: str) -> None:
         ("The answer is 2/3.", "\\frac12"),
         ("Hm.", "1"),
         ("The answer is \\frac{1", "1"),
+        ("The answer is $5\\text{ million}$.", "5"),
+        ("The answer is 10\\%.", "0.1"),
         ("\\[ x = \\frac15 + \\frac23 \\]\nand \\[ \\frac15 = \\frac{3}{15}", "\\frac{13}{15}"),  # cut off long before its result
     ],
 )
@@ -232,9 +298,35 @@ def test_a_comparison_that_never_ends_is_cut_off(monkeypatch: pytest.MonkeyPatch
     started = time.monotonic()
     result = grade("The answer is $9^{9^{9^{9}}}$.", "3", "math")
     assert result.reason == TOO_SLOW
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10  # half a second of processor time, six by the clock
     monkeypatch.undo()
     assert grade("\\boxed{1+1}", "2", "math").correct  # and a new process serves the next answer
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGSTOP")
+def test_a_busy_machine_takes_no_time_from_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert grade("\\boxed{1+1}", "2", "math").correct
+    assert grading._math._process
+    process = grading._math._process.pid
+    monkeypatch.setattr(grading, "MATH_SECONDS", 0.5)
+    os.kill(process, signal.SIGSTOP)
+    threading.Timer(1.0, os.kill, (process, signal.SIGCONT)).start()
+    assert grade("\\boxed{1+2}", "3", "math").correct
+
+
+def test_a_start_that_fails_is_tried_again_and_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = grading._MathProcess._ask
+    failing = [True]
+    one = grading._MathProcess()
+    monkeypatch.setattr(one, "_ask", lambda *args: "" if failing and failing.pop() else ask(*args))
+    try:
+        assert one.equal("2", "1+1", 5.0)
+        one._stop()
+        monkeypatch.setattr(one, "_ask", lambda *args: "")
+        with pytest.raises(PassingError, match="did not start"):
+            one.equal("2", "1+1", 5.0)
+    finally:
+        one._stop()
 
 
 def test_expressions_are_compared_outside_the_main_thread() -> None:
@@ -254,6 +346,7 @@ def test_expressions_are_compared_outside_the_main_thread() -> None:
         ("many", "number", ()),
         ("5 or 6", "number", ()),
         ("room 5", "number", ()),
+        ("5 million", "number", ()),
         ("", "number", ()),
         ("maybe", "yesno", ()),
         ("F", "choice", OPTIONS),
@@ -349,7 +442,22 @@ def test_no_expression_breaks_the_grader(text: str, gold: str) -> None:
     grade(text, gold, "math")
 
 
-@pytest.mark.parametrize("piece", [*PIECES, "1,234", "1 ", "\\(", "the answer is 1 ", "1.5,", "**", "yes ", ". yes ", "a bank "])
+SLOW = [
+    "answer to ",
+    'answer to "',
+    "answer to a ",
+    "the answer is it.\n",
+    "answer is *",
+    "since ",
+    "- ",
+    "= - ",
+    "5 million ",
+    "yes or ",
+    "\\text{",
+]
+
+
+@pytest.mark.parametrize("piece", [*PIECES, "1,234", "1 ", "\\(", "the answer is 1 ", "1.5,", "**", "yes ", ". yes ", "a bank ", *SLOW])
 def test_a_very_long_text_is_read_at_once(piece: str) -> None:
     text = piece * (200_000 // len(piece))
     kind: Kind

@@ -10,7 +10,7 @@ import pytest
 
 from mind import memory, outputs
 from mind.errors import DataError, MindError
-from mind.records import Question, read_jsonl, read_questions, write_jsonl
+from mind.records import Prediction, Question, read_jsonl, read_questions, write_jsonl
 
 GOOD = '{"id": "a", "question": "1 + 1?", "answer": "2"}\n'
 
@@ -22,6 +22,15 @@ def test_rows_survive_a_round_trip(tmp_path: Path) -> None:
     ]
     assert write_jsonl(tmp_path / "q.jsonl", rows) == 2
     assert list(read_jsonl(tmp_path / "q.jsonl", Question)) == rows
+
+
+def test_a_prediction_without_a_reason_can_be_read(tmp_path: Path) -> None:
+    """As older reports hold them, and as they keep them in MLflow."""
+    (tmp_path / "p.jsonl").write_text(
+        '{"benchmark": "b", "id": "1", "output": "", "answer": null, "gold": "1", "correct": false, "tokens": 3}\n'
+    )
+    (row,) = read_jsonl(tmp_path / "p.jsonl", Prediction)
+    assert row.reason == "" and not row.correct
 
 
 def test_a_number_as_answer_becomes_text(tmp_path: Path) -> None:

@@ -137,6 +137,32 @@ def test_questions_that_changed_meanwhile_are_not_measured_under_the_old_name(ho
         (home.benchmarks / "moving.yaml").unlink()
 
 
+def test_a_benchmark_that_cannot_be_loaded_stops_no_other(home: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    """It stands at the end and fails there: the others are measured by then, and the command exits as for its error."""
+    settings = made_config(home)
+    (home.root / "params.yaml").write_text(params.dump_raw(settings.model_dump(mode="json")))
+    rows(home, "broken", [("What is 2 plus 2?", 4)])
+    rows(home, "whole", [("What is 2 plus 2?", 4)])
+    file = home.data / "benchmarks" / "broken.jsonl"
+    file.write_text('{"question": "What is 2 plus 2?", "answer": "four"}\n')
+    try:
+        todo = pairs(reevaluation.pending(settings, home))
+        assert todo[-2:] == [("base", "untrained", "broken"), ("mind", "mind-tiny@1", "broken")]
+        assert {name for _, _, name in todo[:-2]} >= {"whole"} and "broken" not in {name for _, _, name in todo[:-2]}
+        doors.reevaluate(home, dry_run=True)
+        assert "benchmark 'broken' cannot be loaded" in capsys.readouterr().err
+        with pytest.raises(reevaluation.DataError, match=r"broken.jsonl: line 1: .*'four' is not a number"):
+            doors.reevaluate(home)
+        assert pairs(reevaluation.pending(settings, home)) == todo[-2:]
+        last = reevaluation.pending(settings, home)[-1]
+        rows(home, "broken", [("What is 2 plus 2?", 4)])  # mended after it was looked for
+        assert reevaluation.evaluate(settings, home, last).pending.digest
+        assert pairs(reevaluation.pending(settings, home)) == [("base", "untrained", "broken")]
+    finally:
+        for name in ("broken", "whole"):
+            (home.benchmarks / f"{name}.yaml").unlink()
+
+
 def test_without_a_store_there_is_nothing_to_measure(tmp_path: Path) -> None:
     empty = Workspace(tmp_path)
     (empty.data / "benchmarks").mkdir(parents=True)

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +34,12 @@ FOLDER_VARIABLE = "MIND_BENCHMARKS_DIR"
 """Names a folder of benchmark files in their hub schemas: <name>/<split>.jsonl."""
 
 FAULTS_SHOWN = 5
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of such bytes
+LEVEL = re.compile(r"(?:level\s*)?([+-]?\d{1,9})(?:\.0*)?", re.IGNORECASE)
 Domain = Literal["id", "ood"]
 Row = Mapping[str, Any]
+Placed = tuple[str, Row]
+"""A row and where it stands, as a person looks for it: "line 4" of a JSON Lines file, "row 3" of a table."""
 
 
 class Columns(Settings):
@@ -138,7 +142,7 @@ def read_spec(path: Path) -> Spec:
 # ------------------------------------------------------------------- where rows are
 
 
-def _rows(name: str, spec: Spec, beside: Path, workspace: Workspace) -> tuple[str, list[Row]]:
+def _rows(name: str, spec: Spec, beside: Path, workspace: Workspace) -> tuple[str, list[Placed]]:
     named = os.environ.get(FOLDER_VARIABLE)
     folders = [beside, workspace.data / "benchmarks", *([Path(named)] if named else []), workspace.root]
     places = [folder / spec.file for folder in folders]
@@ -146,7 +150,7 @@ def _rows(name: str, spec: Spec, beside: Path, workspace: Workspace) -> tuple[st
         if place.is_file():
             return str(place), list(_read(place))
     if spec.hub is not None:
-        return f"{spec.hub.id} ({spec.hub.split})", _from_hub(name, spec.hub)
+        return f"{spec.hub.id} ({spec.hub.split})", _numbered(_from_hub(name, spec.hub))
     raise DataError(
         f"benchmark '{name}': no file {spec.file}",
         wanted=f"it in one of {', '.join(str(place.parent) for place in dict.fromkeys(places[1:]))}",
@@ -154,36 +158,57 @@ def _rows(name: str, spec: Spec, beside: Path, workspace: Workspace) -> tuple[st
     )
 
 
-def _read(path: Path) -> Iterator[Row]:
-    readers: dict[str, Callable[[Path], Iterator[Row]]] = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+def _read(path: Path) -> Iterable[Placed]:
+    readers: dict[str, Callable[[Path], Iterable[Placed]]] = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise DataError(f"{path}: unknown kind of file '{path.suffix}'", wanted=f"one of {', '.join(readers)}")
     return readers[path.suffix](path)
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as lines:
+def _numbered(rows: Iterable[Row]) -> list[Placed]:
+    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _read_jsonl(path: Path) -> Iterator[Placed]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # ValueError: of a number with thousands of digits too
+            what = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise DataError(f"{path}, line {number}: not JSON ({what})", wanted="one JSON object a line") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: {type(row).__name__}", wanted="one JSON object a line")
+        yield f"line {number}", row
+
+
+def _read_csv(path: Path) -> Iterator[Placed]:
+    number = 0
+    try:
+        for number, row in enumerate(csv.DictReader(_lines(path)), 1):
+            yield f"row {number}", row
+    except csv.Error as error:
+        raise DataError(f"{path}, row {number + 1}: {error}", wanted="a CSV file", do="look for a quote that is never closed") from None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file with their ends, because a cell of a CSV file may hold some."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, row {number}: not JSON ({error.msg})", wanted="one JSON object a line") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, row {number}: {type(row).__name__}", wanted="one JSON object a line")
-            yield row
+            if NOT_UTF8.search(line):
+                raise DataError(f"{path}, line {number}: not UTF-8", wanted="a file in UTF-8", do="save it in that encoding")
+            yield line
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path) -> list[Placed]:
     import pyarrow.parquet
 
-    yield from pyarrow.parquet.read_table(path).to_pylist()
+    try:
+        return _numbered(pyarrow.parquet.read_table(path).to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path}: no Parquet file that can be read ({reason})", wanted="a whole one", do="copy or write it again") from None
 
 
 def _from_hub(name: str, hub: Hub) -> list[Row]:
@@ -219,17 +244,20 @@ def _from_hub(name: str, hub: Hub) -> list[Row]:
 # ------------------------------------------------------------------ rows -> questions
 
 
-def _questions(source: str, rows: list[Row], spec: Spec) -> list[Question]:
+def _questions(source: str, rows: list[Placed], spec: Spec) -> list[Question]:
     questions: dict[str, Question] = {}
     faults = []
-    for number, row in enumerate(rows, 1):
+    for number, (place, row) in enumerate(rows, 1):
         try:
             question = _question(row, number, spec)
+        except ValidationError as error:  # names the field; its own words take several lines
+            faults += [f"{place}: {fault['loc'][0]}: {fault['msg']}" for fault in error.errors()]
+            continue
         except ValueError as error:
-            faults.append(f"row {number}: {error}")
+            faults.append(f"{place}: {error}")
             continue
         if question.id in questions:
-            faults.append(f"row {number}: the id '{question.id}' stands twice")
+            faults.append(f"{place}: the id '{question.id}' stands twice")
         questions[question.id] = question
     if not rows:
         faults.append("no rows")
@@ -256,7 +284,6 @@ def _question(row: Row, number: int, spec: Spec) -> Question:
     if not text:
         raise ValueError(f"column '{columns.question}' is empty")
     topic = row.get(columns.topic) if columns.topic else None
-    difficulty = row.get(columns.difficulty) if columns.difficulty else None
     return Question(
         id=_cell(row, columns.id) if columns.id else str(number),
         question=text,
@@ -264,8 +291,19 @@ def _question(row: Row, number: int, spec: Spec) -> Question:
         kind=spec.kind,
         choices=choices,
         topic=str(topic) if topic else None,
-        difficulty=int(difficulty) if difficulty not in (None, "") else None,
+        difficulty=_difficulty(row, columns.difficulty) if columns.difficulty else None,
     )
+
+
+def _difficulty(row: Row, column: str) -> int | None:
+    """3, 3.0, "3" or "Level 3", as MATH has it on the hub."""
+    value = row.get(column)
+    if value in (None, ""):
+        return None
+    found = LEVEL.fullmatch(str(value).strip())
+    if found is None:
+        raise ValueError(f"column '{column}': the difficulty {value!r} is no whole number")
+    return int(found[1])
 
 
 def _cell(row: Row, column: str) -> str:
