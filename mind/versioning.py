@@ -20,6 +20,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+import mind
 from mind import params
 from mind.config import merge
 from mind.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, DataError, PassingError, StageError
@@ -61,6 +62,7 @@ def bring_up_to_date(workspace: Workspace, target: str, *, force: bool = False, 
     from dvc.lock import LockError
     from dvc.stage.exceptions import StageCmdFailedError
 
+    _follow_version(workspace)
     with _repo(workspace) as repo, tempfile.TemporaryDirectory() as folder:
         share = bool(params.read_params(workspace.params).get("run", {}).get("share"))
         trace = Path(folder) / "ran"
@@ -111,11 +113,31 @@ def is_settled(workspace: Workspace, targets: Iterable[str]) -> bool:
     """Whether all of these stages are up to date, their outputs in place: nothing to run and nothing to restore."""
     from dvc.exceptions import DvcException
 
+    _follow_version(workspace)
     with _repo(workspace) as repo:
         try:
             return not repo.status(targets=list(targets))
         except DvcException:  # whatever it is shows, with its reason, when the stage is brought up to date
             return False
+
+
+def code_in_use() -> str:
+    """The text of code.yaml for the mind that runs now."""
+    return (
+        "# The version of mind that works here. mind writes it whenever it brings a stage up to date, and what another version made is\n"
+        "# made again then; `dvc repro` by itself notices a new mind only after that.\n"
+        f"mind: {mind.__version__}\n"
+    )
+
+
+def _follow_version(workspace: Workspace) -> None:
+    """Where stages depend on code.yaml, make it name the mind that runs now: what another version made is out of date."""
+    path, text = workspace.code, code_in_use()
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        partial = path.with_name(f".{path.name}.{os.getpid()}")  # whole at any moment: DVC may read it for another stage
+        partial.write_text(text, encoding="utf-8")
+        with suppress(FileNotFoundError):  # another thread was first
+            partial.replace(path)
 
 
 def _stage_error(target: str, cause: Exception, trace: Path) -> StageError:
@@ -246,6 +268,7 @@ def derive(workspace: Workspace, overrides: Mapping[str, Any]) -> Workspace:
         if (workspace.home / shared).is_dir() and not (root / shared).is_symlink():
             with suppress(FileExistsError):  # another process was first
                 (root / shared).symlink_to(os.path.relpath(workspace.home / shared, root))
+    _follow_version(workspace)
     for name in ("dvc.yaml", "data.dvc", ".dvcignore", "code.yaml"):
         if (workspace.root / name).exists():
             shutil.copy2(workspace.root / name, root)

@@ -46,6 +46,11 @@ class Workspace:
         return self.root / "params.yaml"
 
     @property
+    def code(self) -> Path:
+        """Names the version of mind, on which stages depend where mind is an installed package and not a folder beside them."""
+        return self.root / "code.yaml"
+
+    @property
     def data(self) -> Path:
         return self.root / "data"
 

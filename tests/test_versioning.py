@@ -96,6 +96,37 @@ def test_code_is_an_input(workspace: Workspace) -> None:
     assert versioning.bring_up_to_date(workspace, "snapshot").state == "ran"
 
 
+def test_another_version_of_mind_makes_what_this_one_made_stale(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = PIPELINE.replace(
+        "[data/questions, mind, stage.py], params: [seed]", "[data/questions, stage.py], params: [seed, {code.yaml: [mind]}]"
+    )
+    (workspace.root / "dvc.yaml").write_text(pipeline)
+    workspace.code.write_text(versioning.code_in_use())
+    versioning.bring_up_to_date(workspace, "snapshot")
+    assert versioning.is_settled(workspace, ["snapshot"])
+    derived = versioning.derive(workspace, {"seed": 2})
+    (derived.root / "stage.py").write_text(STAGE)
+    versioning.ensure_data(derived)
+    versioning.bring_up_to_date(derived, "snapshot")
+
+    monkeypatch.setattr("mind.__version__", "99.0")
+    assert not versioning.is_settled(workspace, ["snapshot"])
+    assert [versioning.bring_up_to_date(workspace, "snapshot").state for _ in range(2)] == ["ran", "up to date"]
+    assert "mind: 99.0\n" in workspace.code.read_text() and "mind: 99.0" in (workspace.root / "dvc.lock").read_text()
+    assert not versioning.is_settled(derived, ["snapshot"])
+    assert versioning.derive(workspace, {"seed": 2}) == derived
+    assert versioning.bring_up_to_date(derived, "snapshot").state == "ran"
+
+    monkeypatch.setattr("mind.__version__", "100.0")
+    derived.code.unlink()
+    assert "mind: 100.0\n" in versioning.derive(workspace, {"seed": 2}).code.read_text()
+
+
+def test_beside_the_code_itself_no_version_is_written(workspace: Workspace) -> None:
+    versioning.bring_up_to_date(workspace, "snapshot")
+    assert not workspace.code.exists()
+
+
 def test_overridden_settings_get_a_workspace_that_shares_the_cache(workspace: Workspace) -> None:
     versioning.bring_up_to_date(workspace, "snapshot")
     versioning.bring_up_to_date(workspace, "distill@mind")
