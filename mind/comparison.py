@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from mind.workspace import Workspace
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from mind.latent import LatentMap
+    from mind.latent import Change, LatentMap, LatentReport
     from mind.statistics import Difference
 
 SIGNIFICANT = 0.05
@@ -44,6 +45,7 @@ class Row:
     forgot: tuple[float, float] | None = None  # questions that the reference has right and this one wrong, of how many; means over seeds
     finding: str = ""
     latent: str = ""
+    beside: Mapping[str, Change] = field(default_factory=dict)  # student of one perspective -> its latent space against this one's
 
     @property
     def sentences(self) -> list[str]:
@@ -57,6 +59,7 @@ class Comparison:
     missing: tuple[str, ...]  # variants without a report
     notes: tuple[str, ...]  # what a reader must know before trusting a number
     maps: Mapping[str, LatentMap] = field(default_factory=dict)
+    writers: Mapping[str, LatentReport] = field(default_factory=dict)  # who wrote -> do their texts lie apart (docs/latent.md)
 
     @property
     def columns(self) -> dict[str, str]:
@@ -68,6 +71,11 @@ class Comparison:
             if len(own) > 1:
                 found[domain] = f"average\n{domain}"
         return found
+
+    @property
+    def own_texts(self) -> list[str]:
+        """A sentence for each set of students whose texts were clustered."""
+        return [f"Own texts of {who}: {found.describe('students')}" for who, found in self.writers.items()]
 
     @property
     def repeated(self) -> bool:
@@ -102,7 +110,9 @@ def compare(workspace: Workspace, config: Config, variants: Sequence[str] | None
         groups.setdefault(origin[name], []).append(_read(folder, workspace.student(name) / MANIFEST, own.seed, own.method.method))
     timed, notes = _timed(groups, workspace, config)
     maps = {name: found for name in groups if name in folders and (found := _read_map(folders[name])) is not None}
-    return _compared(timed, reference, missing, notes, maps, config.seed)
+    result = _compared(timed, reference, missing, notes, maps, config.seed)
+    writers, unlike = _writers(result.rows, folders, config)
+    return replace(result, writers=writers, notes=(*result.notes, *unlike))
 
 
 def compare_runs(workspace: Workspace, config: Config, variants: Sequence[str] | None = None, reference: str | None = None) -> Comparison:
@@ -295,7 +305,10 @@ def _compared(
     singles = [name for name in others if groups[name][0].method == "single"]
     for name in others:
         row = replace(rows[name], differences=differences[name], forgot=forgot(_by_question(pairs[name])))
-        rows[name] = replace(row, finding=_finding(row, reference), latent=_latent(name, reference, maps, singles, seed))
+        beside = _beside(name, maps, singles, seed)
+        rows[name] = replace(
+            row, finding=_finding(row, reference), latent=_latent(name, reference, maps, list(beside), seed), beside=beside
+        )
     found += _single_seeds([row for name, row in rows.items() if name not in untrained])
     return Comparison(reference, tuple(rows.values()), missing, tuple(found), maps)
 
@@ -449,19 +462,66 @@ def _finding(row: Row, reference: str) -> str:
 
 
 def _latent(name: str, reference: str, maps: Mapping[str, LatentMap], singles: Sequence[str], seed: int) -> str:
-    """A student's latent space beside the reference's, and beside those of the students of one perspective each where there are some."""
+    """A student's latent space beside the reference's, and those of `singles`, students of one perspective each, where some are."""
     from mind.latent import against, against_several
 
     if name not in maps or reference not in maps:
         return ""
-    others = [maps[one] for one in singles if one in maps and name not in singles]
     try:
         said = [against(maps[name], maps[reference], seed).sentence(name, reference)]
-        if len(others) > 1:
-            said.append(against_several(maps[name], others, seed).sentence(name, f"{len(others)} students of one perspective each"))
-        return " ".join(said)
     except DataError:  # other held-out rationales: nothing to compare, which is no fault of either
         return ""
+    if len(singles) > 1:
+        change = against_several(maps[name], [maps[one] for one in singles], seed)
+        said.append(change.sentence(name, f"{len(singles)} students of one perspective each"))
+    return " ".join(said)
+
+
+def _beside(name: str, maps: Mapping[str, LatentMap], singles: Sequence[str], seed: int) -> dict[str, Change]:
+    """A student's latent space against that of each student of one perspective; those themselves are not put beside each other."""
+    from mind.latent import against
+
+    if name not in maps or name in singles:
+        return {}
+    found = {}
+    for one in singles:
+        if one in maps:
+            with suppress(DataError):  # other held-out rationales, as in `_latent`
+                found[one] = against(maps[name], maps[one], seed)
+    return found
+
+
+def _writers(rows: Sequence[Row], folders: Mapping[str, Path], config: Config) -> tuple[dict[str, LatentReport], list[str]]:
+    """Do the texts that the students of one perspective wrote lie apart, alone and with each other trained student among them?
+
+    Empty where fewer than two of them left texts. Students that were asked otherwise are left out, with a sentence.
+    """
+    from mind.latent import measure_writers, read_texts
+    from mind.progress import bar
+
+    written = {row.variant: own for row in rows if row.variant in folders and (own := read_texts(folders[row.variant])) is not None}
+    methods = {row.variant: row.method for row in rows if row.variant in written and row.method != "base"}
+    singles = [name for name, method in methods.items() if method == "single"]
+    if len(singles) < 2:
+        return {}, []
+    first = written[singles[0]]
+    alike = [name for name in methods if (written[name].questions, written[name].encoder) == (first.questions, first.encoder)]
+    notes = [
+        f"{name}: its own texts answer other questions than those of {singles[0]}, or another encoder read them; they are not clustered."
+        for name in methods
+        if name not in alike
+    ]
+    singles = [name for name in singles if name in alike]
+    if len(singles) < 2:
+        return {}, notes
+    sets = {f"{len(singles)} single-perspective students": singles}
+    sets |= {f"these and {name}": [*singles, name] for name in alike if name not in singles}
+    found = {}
+    with bar("clustering what students wrote", len(sets), "sets") as shown:  # seconds each: the chance level refits the mixture
+        for label, names in sets.items():
+            found[label] = measure_writers({name: written[name] for name in names}, config.latent, config.seed)
+            shown.advance()
+    return found, notes
 
 
 def _benchmarks(rows: Iterable[Row], domain: str) -> list[str]:

@@ -53,6 +53,7 @@ STYLE = {
     "legend.frameon": False,
 }
 DPI = 150
+PANELS = 5  # latent maps in a row: the untouched student, a variant and one student for each of eight perspectives are two rows
 UNDATED = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 """What would make other bytes of equal numbers: matplotlib's version, the time."""
 
@@ -252,11 +253,17 @@ def latent_map(maps: Mapping[str, LatentMap], path: Path, title: str = "") -> No
     """t-SNE of held-out rationales by perspective, a panel a student; the measure in a panel's title is of the full space.
 
     Args:
-        maps: student -> its map, at most four.
+        maps: student -> its map.
     """
     names = [name for name in PERSPECTIVES if any(name in drawn.perspectives for drawn in maps.values())]
-    with _figure(path, 2.2 + 4.2 * len(maps), 5.2, title or "Held-out rationales in the student's latent space, by perspective") as figure:
-        for axes, (student, drawn) in zip(figure.subplots(1, len(maps), squeeze=False).flat, maps.items(), strict=True):
+    rows = -(-len(maps) // PANELS)
+    columns = -(-len(maps) // rows)
+    title = title or "Held-out rationales in the student's latent space, by perspective"
+    with _figure(path, 2.2 + 4.2 * columns, 0.7 + 4.5 * rows, title) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat[len(maps) :]:
+            axes.set_visible(False)
+        for axes, (student, drawn) in zip(grid.flat, maps.items(), strict=False):
             labels = np.array(drawn.perspectives)
             for name in names:
                 x, y = drawn.coordinates[labels == name].T

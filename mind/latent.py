@@ -26,7 +26,7 @@ from mind.grading import split_answer_line
 from mind.outputs import digest_bytes
 from mind.progress import bar
 from mind.prompts import student_ids
-from mind.records import PERSPECTIVES, Example, Question, Rationale, read_jsonl, read_questions
+from mind.records import PERSPECTIVES, Example, Question, Rationale, Record, read_jsonl, read_questions, write_jsonl
 from mind.separation import (
     Array,
     Ints,
@@ -57,6 +57,7 @@ BOOTSTRAPS = 1000  # resamples of the questions behind an interval
 DRAWN = 1000  # questions given a perspective by lot: the chance level of the largest share
 REFITS = 19  # mixtures fitted to structureless points: the chance level of the number of components
 MAP, STATES = "latent.csv", "latent.npy"
+TEXTS, FEATURES = "own_words.jsonl", "own_words.npy"
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,13 @@ class LatentReport:
 
     @property
     def sentence(self) -> str:
-        return _describe(self)
+        return self.describe("perspectives")
 
-    def metrics(self) -> dict[str, Any]:
+    def describe(self, kinds: str) -> str:
+        """The finding in one sentence; `kinds`: what the labels are."""
+        return _describe(self, kinds)
+
+    def metrics(self, kinds: str = "perspectives") -> dict[str, Any]:
         """The group `latent` of metrics.json."""
         measures = {name: getattr(self, name) for name in ("components", "ari", "nmi", "purity", "silhouette")}
         return {
@@ -104,7 +109,7 @@ class LatentReport:
             "rationales": len(self.map.questions),
             **{name: {key: round(value, 5) for key, value in vars(measure).items()} for name, measure in measures.items()},
             "variance": {name: round(share, 5) for name, share in self.variance.items()},
-            "sentence": self.sentence,
+            "sentence": self.describe(kinds),
         }
 
 
@@ -118,11 +123,36 @@ class Change:
     drift: float  # 1 - CKA: 0 the same geometry, 1 nothing in common
 
     def sentence(self, variant: str, base: str) -> str:
-        said = "more separable than" if self.low > 0 else "less separable than" if self.high < 0 else "as separable as"
-        return (
-            f"In {variant} the perspectives are {said} in {base} (silhouette {self.silhouette:+.2f}, "
-            f"95 % interval {self.low:+.2f} to {self.high:+.2f}); the geometry has drifted by {self.drift:.2f} (1 - CKA)."
-        )
+        span = f"silhouette {self.silhouette:+.2f}, 95 % interval {self.low:+.2f} to {self.high:+.2f}"
+        drifted = f"the geometry has drifted by {self.drift:.2f} (1 - CKA)"
+        if self.low <= 0 <= self.high:  # not "as separable as": an interval that holds 0 says nothing of being equal
+            return f"No difference between {variant} and {base} was seen in how separable the perspectives are ({span}); {drifted}."
+        said = "more" if self.low > 0 else "less"
+        return f"In {variant} the perspectives are {said} separable than in {base} ({span}); {drifted}."
+
+
+class OwnText(Record):
+    """A row of own_words.jsonl: what a student wrote on a held-out question, without the answer line."""
+
+    question: str
+    text: str
+    encoder: str
+
+
+@dataclass(frozen=True)
+class OwnTexts:
+    """A student's own reasoning on the held-out questions, as a sentence encoder sees it."""
+
+    questions: tuple[str, ...]  # (Q,) ids
+    texts: tuple[str, ...]  # (Q,)
+    features: Array  # (Q, E)
+    encoder: str  # its identity: features of another one are not comparable
+
+    def write(self, folder: Path) -> None:
+        """Leave `own_words.jsonl` and `own_words.npy` (float32, same rows) in a report."""
+        rows = zip(self.questions, self.texts, strict=True)
+        write_jsonl(folder / TEXTS, [OwnText(question=question, text=text, encoder=self.encoder) for question, text in rows])
+        np.save(folder / FEATURES, self.features.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -247,7 +277,7 @@ def hidden_states(model: Any, tokenizer: Any, examples: Sequence[Example], ask: 
             prompt = student_ids(tokenizer, ask(example))
             bodies = [tokenizer(text.strip(), add_special_tokens=False)["input_ids"] for text in example.views.values()]
             ended = [Response((*ids, tokenizer.eos_token_id), (len(ids), len(ids))) for ids in bodies]  # a view's last token is never fed
-            found.append(view_states(model, Group(tuple(prompt), tuple(ended))).double().cpu().numpy())
+            found.append(view_states(model, Group(tuple(prompt), tuple(ended))).cpu().double().numpy())  # Apple's GPUs know no float64
             shown.advance()
     return np.concatenate(found)
 
@@ -257,10 +287,19 @@ def measure(states: Array, questions: Sequence[str], perspectives: Sequence[str]
 
     Args:
         states: (N, H); rows of a question stand together.
-        questions, perspectives: (N,) what each row is.
+        questions, perspectives: (N,) what each row is. The perspectives may be labels of any kind, such as who wrote a text.
+
+    Raises:
+        DataError: as many perspectives as rationales: no two of a kind whose nearness could be told.
     """
     assert len(states) == len(questions) == len(perspectives), (states.shape, len(questions), len(perspectives))
-    names = [name for name in PERSPECTIVES if name in perspectives]
+    names = list(dict.fromkeys(perspectives))
+    if len(names) == len(states):
+        raise DataError(
+            f"latent analysis: {len(states)} rationales of {len(names)} perspectives, none of them twice",
+            wanted="more rationales than perspectives",
+            do="raise latent.questions, or set it to 0 to skip the analysis",
+        )
     labels = np.array([names.index(name) for name in perspectives])  # (N,)
     places = {question: place for place, question in enumerate(dict.fromkeys(questions))}
     groups = np.array([places[question] for question in questions])  # (N,) ascending
@@ -323,15 +362,19 @@ def against_several(variant: LatentMap, others: Sequence[LatentMap], seed: int =
     return replace(against(variant, mean, seed), drift=float(np.mean(drifts)))
 
 
-def own_words(examples: Sequence[Example], texts: Sequence[str], encoder: Encoder, seed: int) -> OwnWords:
-    """What a student writes beside the teacher's rationales of the same question: the question is the same, so its topic cannot decide.
+# ---------------------------------------------------------- in its own words
 
-    Args:
-        texts: what the student answered to each example, the answer line included.
-    """
-    bodies = [split_answer_line(text)[0] for text in texts]
-    rationales = [text for example in examples for text in example.views.values()]
-    own, theirs = encoder.encode(bodies), encoder.encode(rationales)
+
+def own_texts(examples: Sequence[Example], texts: Sequence[str], encoder: Encoder) -> OwnTexts:
+    """What a student answered to each example, the answer line included -> its reasoning, encoded."""
+    bodies = tuple(split_answer_line(text)[0] for text in texts)
+    features = encoder.encode(bodies).numpy().astype(float)
+    return OwnTexts(tuple(example.id for example in examples), bodies, features, encoder.identity)
+
+
+def own_words(examples: Sequence[Example], written: OwnTexts, encoder: Encoder, seed: int) -> OwnWords:
+    """What a student writes beside the teacher's rationales of the same question: the question is the same, so its topic cannot decide."""
+    own, theirs = written.features, encoder.encode([text for example in examples for text in example.views.values()]).numpy()
     places = np.cumsum([0, *(len(example.views) for example in examples)])
     views = [list(example.views) for example in examples]
     nearest = [views[q][int((theirs[start:end] @ own[q]).argmax())] for q, (start, end) in enumerate(pairwise(places))]
@@ -350,8 +393,47 @@ def own_words(examples: Sequence[Example], texts: Sequence[str], encoder: Encode
         chance=float(largest.mean() / total),
         p=(1 + int((largest >= most).sum())) / (1 + DRAWN),
         questions=total,
-        encoder=encoder.identity,
+        encoder=written.encoder,
     )
+
+
+def measure_writers(writers: Mapping[str, OwnTexts], settings: config.Latent, seed: int) -> LatentReport:
+    """The measurement of the hidden states on what students write: one text a student and question, labelled by who wrote it.
+
+    Raises:
+        DataError: the students were asked other questions, or read by other encoders.
+    """
+    first = next(iter(writers.values()))
+    if any((own.questions, own.encoder) != (first.questions, first.encoder) for own in writers.values()):
+        raise DataError(
+            f"texts of {', '.join(writers)} on other questions, or read by other encoders",
+            wanted="the same held-out questions and one encoder",
+            do="run `mind evaluate` for all of them again",
+        )
+    rows = [(place, name) for place in range(len(first.questions)) for name in writers]
+    # equal texts have one vector: rounding depends on their neighbours in a batch, and would set them apart
+    known: dict[str, Array] = {}
+    features = np.stack([known.setdefault(writers[name].texts[place], writers[name].features[place]) for place, name in rows])
+    return measure(features, [first.questions[place] for place, _ in rows], [name for _, name in rows], settings, seed)
+
+
+def read_texts(folder: Path) -> OwnTexts | None:
+    """The student's own texts in a report; None where no encoder was set.
+
+    Raises:
+        DataError: a damaged file.
+    """
+    if not (folder / TEXTS).is_file():
+        return None
+    rows = list(read_jsonl(folder / TEXTS, OwnText))
+    do = f"delete {folder} and run `mind evaluate` again"
+    try:
+        features = np.load(folder / FEATURES).astype(float)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{folder / FEATURES} is damaged: {error}", do=do) from None
+    if not rows or features.ndim != 2 or len(features) != len(rows):
+        raise DataError(f"{folder / FEATURES} holds {features.shape} for {len(rows)} texts", wanted="a row a text", do=do)
+    return OwnTexts(tuple(row.question for row in rows), tuple(row.text for row in rows), features, rows[0].encoder)
 
 
 def read_map(folder: Path) -> LatentMap | None:
@@ -387,19 +469,19 @@ GRADES: tuple[tuple[float, str], ...] = ((0.9, "almost perfectly"), (0.65, "clea
 SIGNIFICANT = 0.05
 
 
-def _describe(report: LatentReport) -> str:
+def _describe(report: LatentReport, what: str) -> str:
     ari, near, kinds = report.ari, report.silhouette, report.components
     names = len(set(report.map.perspectives))
     index = f"adjusted Rand index {ari.value:.2f}"
     if ari.p < SIGNIFICANT:
         grade = next(word for least, word in GRADES if max(ari.value, 0.0) >= least)
         return (
-            f"The {names} perspectives separate {grade}: {kinds.value:.1f} components where noise gives {kinds.chance:.1f}, "
+            f"The {names} {what} separate {grade}: {kinds.value:.1f} components where noise gives {kinds.chance:.1f}, "
             f"{index} (95 % interval {ari.low:.2f} to {ari.high:.2f}, chance {ari.chance:.2f})."
         )
     if near.p < SIGNIFICANT:
         return (
-            f"The {names} perspectives lie nearer to their own kind than chance (silhouette {near.value:.2f}, chance {near.chance:.2f}), "
+            f"The {names} {what} lie nearer to their own kind than chance (silhouette {near.value:.2f}, chance {near.chance:.2f}), "
             f"but form no clusters ({index})."
         )
-    return f"The {names} perspectives cannot be told apart in the latent space ({index}, chance {ari.chance:.2f})."
+    return f"The {names} {what} cannot be told apart in the latent space ({index}, chance {ari.chance:.2f})."

@@ -15,6 +15,7 @@ Ints = NDArray[np.int64]
 
 STARTS = 2  # of a mixture, the best kept
 PERMUTATIONS = 200  # shuffles of the perspectives behind a chance level
+ROUNDING = 1e-12  # of a dimension's size: the mean of equal numbers is off by so little, and scaled up it would look like structure
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ def without_question(states: Array, groups: Ints) -> Array:
     """(N, H) -> (N, H): less the mean of the question's rationales, each dimension of unit variance."""
     rest = states - _group_means(states, groups)[groups]
     spread = rest.std(axis=0)
-    return rest / np.where(spread > 0, spread, 1)
+    varies = spread > ROUNDING * np.abs(states).max(axis=0)
+    return np.where(varies, rest / np.where(varies, spread, 1), 0)
 
 
 def reduce(points: Array, components: int) -> Array:

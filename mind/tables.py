@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from mind.latent import Change
+    from mind.separation import Measure
+
 Form = Literal["console", "json", "markdown", "latex"]
 
 
@@ -64,15 +67,14 @@ def _headline(result: Comparison) -> str:
 
 
 def draw_latent(result: Comparison, path: Path) -> bool:
-    """The latent maps of the reference and of the variants side by side (four at most); False where there is none to draw."""
+    """The latent maps of the reference and of all variants side by side; False where there is none to draw."""
     from mind import figures
 
-    drawn = dict(list(result.maps.items())[:4])
-    if drawn:
-        figures.latent_map(
-            drawn, path, title=next((row.latent for row in reversed(result.rows) if row.variant in drawn and row.latent), "")
-        )
-    return bool(drawn)
+    said = [row for row in result.rows if row.latent]
+    said.sort(key=lambda row: row.method != "single")  # the title is of a variant that there are other students for, where there is one
+    if result.maps:
+        figures.latent_map(result.maps, path, title=said[-1].latent if said else "")
+    return bool(result.maps)
 
 
 def to_json(result: Comparison) -> str:
@@ -90,10 +92,13 @@ def to_json(result: Comparison) -> str:
             "differences": {key: {**asdict(difference), "verdict": verdict(difference)} for key, difference in row.differences.items()},
             "forgot": {"lost": row.forgot[0], "of": row.forgot[1]} if row.forgot else None,
             "sentences": row.sentences,
+            "latent": {one: {**asdict(change), "sentence": change.sentence(row.variant, one)} for one, change in row.beside.items()},
         }
         for row in result.rows
     ]
-    return json.dumps({"reference": result.reference, "variants": rows, "missing": result.missing, "notes": result.notes}, indent=2)
+    written = {who: found.metrics("students") for who, found in result.writers.items()}
+    told = {"reference": result.reference, "variants": rows, "own_texts": written, "missing": result.missing, "notes": result.notes}
+    return json.dumps(told, indent=2)
 
 
 def to_markdown(result: Comparison) -> str:
@@ -112,6 +117,9 @@ def to_markdown(result: Comparison) -> str:
         f"What it took, and what of `{result.reference}` was forgotten:",
         _markdown(["variant", *SPENT], ([row.variant, *_spent(row)] for row in result.rows)),
     ]
+    for title, own in _latents(result):
+        names = dict.fromkeys(name for cells in own.values() for name in cells)
+        blocks += [f"{title}:", _markdown(["", *own], ([name, *(cells.get(name, "") for cells in own.values())] for name in names))]
     blocks += ["\n".join(f"- {line}" for line in _remarks(result))] if list(_remarks(result)) else []
     captions = _captions(result)
     if captions:
@@ -183,6 +191,25 @@ def _tables(result: Comparison, width: int) -> Iterator[RenderableType]:
         yield from _fitting(title, compared, columns, [_gains, _gains_in_short], width)
     if any(cell != UNKNOWN for row in result.rows for cell in _spent(row)):
         yield _titled("What it took, and what was forgotten", _table(result.rows, SPENT, lambda row, _: _spent(row)))
+    for title, own in _latents(result):
+        for part in _in_parts(own, width):
+            names = dict.fromkeys(name for cells in part.values() for name in cells)
+            yield _titled(title, _grid("", list(part), {name: [cells.get(name, "") for cells in part.values()] for name in names}))
+
+
+def _in_parts(columns: Mapping[str, Mapping[str, str]], width: int) -> Iterator[dict[str, Mapping[str, str]]]:
+    """Columns -> those that stand beside each other on a console of that many columns, and those below them."""
+    names = 2 + max(len(name) for cells in columns.values() for name in cells)
+    part: dict[str, Mapping[str, str]] = {}
+    used = names
+    for heading, cells in columns.items():
+        own = 1 + max(map(len, (heading, *cells.values())))
+        if part and used + own > width:
+            yield part
+            part, used = {}, names
+        part[heading] = cells
+        used += own
+    yield part
 
 
 def _fitting(title: str, rows: Sequence[Row], columns: Mapping[str, str], forms: Sequence[Cells], width: int) -> Iterator[RenderableType]:
@@ -210,20 +237,27 @@ def _titled(title: str, table: Table) -> RenderableType:
 
 
 def _table(rows: Sequence[Row], columns: Mapping[str, str] | Sequence[str], cells: Cells) -> Table:
+    headings = list(columns.values()) if isinstance(columns, Mapping) else columns
+    return _grid("variant", headings, {row.variant: cells(row, columns) for row in rows})
+
+
+def _grid(corner: str, headings: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:
+    """Name -> its cells."""
     from rich import box
     from rich.table import Table
 
-    made = Table("variant", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    for heading in columns.values() if isinstance(columns, Mapping) else columns:
+    made = Table(corner, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for heading in headings:
         made.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        made.add_row(row.variant, *cells(row, columns))
+    for name, cells in rows.items():
+        made.add_row(name, *cells)
     return made
 
 
 def _remarks(result: Comparison) -> Iterable[str]:
     for row in result.rows:
         yield from row.sentences
+    yield from result.own_texts
     yield from result.notes
     if result.missing:
         yield f"No report yet: {', '.join(result.missing)} (`mind evaluate --variant {result.missing[0]}`)."
@@ -246,6 +280,28 @@ def _gains_in_short(row: Row, columns: Iterable[str]) -> list[str]:
     found = [row.differences.get(key) for key in columns]
     marks = ["*" if d and verdict(d) in ("better", "worse") else " " for d in found]
     return [f"{points(d.value)}{mark}\n{points(d.low, 0)}..{points(d.high, 0)} " if d else "" for d, mark in zip(found, marks, strict=True)]
+
+
+BESIDE = "Silhouette of the perspectives against each student of one perspective, 95 % interval, and drift (1 - CKA)"
+WRITTEN = "Do texts that students wrote lie apart by who wrote them? Value (95 % interval; chance)"
+MEASURES = ("components", "ari", "nmi", "purity", "silhouette")
+
+
+def _latents(result: Comparison) -> Iterator[tuple[str, dict[str, dict[str, str]]]]:
+    """Title, and column -> row -> cell, of the tables on latent spaces that there is something to say in."""
+    beside = {row.variant: {one: _change(change) for one, change in row.beside.items()} for row in result.rows if row.beside}
+    if beside:
+        yield BESIDE, beside
+    if result.writers:
+        yield WRITTEN, {who: {name: _measure(getattr(found, name)) for name in MEASURES} for who, found in result.writers.items()}
+
+
+def _change(change: Change) -> str:
+    return f"{change.silhouette:+.2f} ({change.low:+.2f} to {change.high:+.2f}), drift {change.drift:.2f}"
+
+
+def _measure(found: Measure) -> str:
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f}; {found.chance:.2f})"
 
 
 SPENT = ("seeds", "supervised tokens", "seconds", "forgot")

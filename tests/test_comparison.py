@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from rich.console import Console
 from mind import comparison, forgetting, tables
 from mind.config import Config, merge
 from mind.errors import ConfigError, DataError
-from mind.latent import LatentMap
+from mind.latent import LatentMap, OwnTexts, against, read_map
 from mind.outputs import write_manifest
 from mind.params import over_seeds, validate
 from mind.records import PERSPECTIVES, Prediction, write_jsonl
@@ -435,6 +436,100 @@ def test_a_latent_space_is_put_beside_those_of_single_perspectives(workspace: Wo
     assert "more separable than in base" in rows["mind"].latent
     assert "less separable than in 2 students of one perspective each (silhouette -0.20" in rows["mind"].latent
     assert "students of one perspective" not in rows[next(iter(singles))].latent
+
+
+@pytest.fixture
+def eight(workspace: Workspace) -> Config:
+    """The untouched student, MIND and eight students of one perspective, each with its latent map."""
+    singles = {f"single-{name}": {"method": "single", "perspective": name} for name in PERSPECTIVES}
+    for place, variant in enumerate(["base", "mind", *singles]):
+        if variant in singles:
+            write(workspace, variant, BASE)
+        latent_map(0.05 * place).write(workspace.report(variant))
+    variants = {"base": {"method": "base"}, "mind": {"method": "mind"}, **singles}
+    return validate({"variants": variants, "run": {"variants": list(variants)}, "latent": {"questions": 6}})
+
+
+def own_texts(kind: int, **other: Any) -> OwnTexts:
+    """Texts of a student whose features all point its own way, beside those of the questions."""
+    random = np.random.default_rng(kind)
+    features = np.random.default_rng(99).normal(size=(6, 16)) + 3 * np.eye(16)[kind] + 0.1 * random.normal(size=(6, 16))
+    texts = tuple(f"student {kind} on question {i}" for i in range(6))
+    return replace(OwnTexts(tuple(f"q{i}" for i in range(6)), texts, features, "encoder"), **other)
+
+
+def let_all_write(workspace: Workspace, config: Config) -> None:
+    for place, variant in enumerate(config.run.variants):
+        own_texts(place).write(workspace.report(variant))
+
+
+def test_each_student_of_one_perspective_is_put_beside_the_variant(
+    workspace: Workspace, eight: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = comparison.compare(workspace, eight)
+    rows = {row.variant: row for row in result.rows}
+    ours, base = (read_map(workspace.report(name)) for name in ("mind", "base"))
+    assert ours is not None and base is not None
+    assert list(rows["mind"].beside) == [f"single-{name}" for name in PERSPECTIVES]
+    assert not any(row.beside for name, row in rows.items() if name != "mind")
+    data = {row["variant"]: row for row in json.loads(tables.to_json(result))["variants"]}
+    markdown = tables.to_markdown(result)
+    tables.show(result, "console")
+    console = capsys.readouterr().out
+    for one, change in rows["mind"].beside.items():
+        other = read_map(workspace.report(one))
+        assert other is not None and change == against(ours, other, eight.seed)
+        assert data["mind"]["latent"][one]["silhouette"] == change.silhouette
+        assert f"separable than in {one}" in data["mind"]["latent"][one]["sentence"]
+        cell = f"{change.silhouette:+.2f} ({change.low:+.2f} to {change.high:+.2f}), drift {change.drift:.2f}"
+        assert f"| {one} | {cell} |" in markdown and cell in console
+    assert "less separable than in 8 students of one perspective each" in rows["mind"].latent
+    assert console.count(" separable than in") == 10  # a sentence for mind and for each student against base, one against their mean
+
+
+def test_a_student_with_other_rationales_does_not_silence_the_others(workspace: Workspace, eight: Config) -> None:
+    latent_map(0.4, question="other").write(workspace.report("single-planning"))
+    row = next(row for row in comparison.compare(workspace, eight).rows if row.variant == "mind")
+    assert len(row.beside) == 7 and "single-planning" not in row.beside
+    assert "than in base" in row.latent and "than in 7 students of one perspective each" in row.latent
+
+
+def test_what_students_wrote_is_clustered_by_who_wrote_it(workspace: Workspace, eight: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    let_all_write(workspace, eight)
+    result = comparison.compare(workspace, eight)
+    assert list(result.writers) == ["8 single-perspective students", "these and mind"]
+    alone, together = result.writers.values()
+    assert len(alone.map.questions) == 8 * 6 and len(together.map.questions) == 9 * 6
+    assert alone.ari.value > 0.5 and alone.ari.p < 0.01
+    assert "Own texts of these and mind: The 9 students separate" in tables.to_markdown(result)
+    assert "| nmi | " in tables.to_markdown(result)
+    told = json.loads(tables.to_json(result))["own_texts"]["these and mind"]
+    assert set(told) >= {"components", "ari", "nmi", "purity", "silhouette"} and set(told["ari"]) >= {"low", "high", "chance", "p"}
+    tables.show(result, "console")
+    assert "Do texts that students wrote lie apart" in capsys.readouterr().out
+
+
+def test_students_that_were_asked_otherwise_are_left_out_and_said(workspace: Workspace, eight: Config) -> None:
+    let_all_write(workspace, eight)
+    own_texts(1, encoder="another").write(workspace.report("mind"))
+    own_texts(4, questions=tuple("uvwxyz")).write(workspace.report("single-decomposition"))
+    result = comparison.compare(workspace, eight)
+    assert list(result.writers) == ["7 single-perspective students"]
+    assert [note.split(":")[0] for note in result.notes if "not clustered" in note] == ["mind", "single-decomposition"]
+
+
+def test_one_student_of_one_perspective_is_nothing_to_cluster(workspace: Workspace, eight: Config) -> None:
+    let_all_write(workspace, eight)
+    result = comparison.compare(workspace, eight, ["mind", "single-planning"])
+    assert not result.writers and not result.own_texts
+
+
+def test_the_picture_holds_all_maps(workspace: Workspace, eight: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("mind.figures.latent_map", lambda maps, path, title: drawn.append((list(maps), title)))
+    assert tables.draw_latent(comparison.compare(workspace, eight), tmp_path / "latent.png")
+    ((names, title),) = drawn
+    assert names == list(eight.run.variants) and "In mind" in title
 
 
 def test_latent_spaces_of_other_rationales_are_not_compared(workspace: Workspace, config: Config) -> None:

@@ -118,6 +118,22 @@ def test_few_perspectives_and_a_single_row_are_drawn(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize(("count", "shape"), [(2, (1, 2)), (5, (1, 5)), (7, (2, 4)), (10, (2, 5))])
+def test_latent_maps_of_many_students_stand_in_a_grid(
+    count: int, shape: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    grids: list[Any] = []
+    subplots = Figure.subplots
+    monkeypatch.setattr(Figure, "subplots", lambda self, *args, **options: grids.append(subplots(self, *args, **options)) or grids[-1])
+    figures.latent_map({f"single-{i}": latent_map(i) for i in range(count)}, tmp_path / "latent.png")
+    (grid,) = grids
+    assert grid.shape == shape
+    titles = [axes.get_title(loc="left") for axes in grid.flat if axes.get_visible()]
+    assert [title.split()[0] for title in titles] == [f"single-{i}" for i in range(count)]
+
+
 def test_a_variant_may_lack_a_benchmark(tmp_path: Path) -> None:
     short = {"benchmarks": {"primer": score(0.4, "id")}, "id": score(0.4, "id")}
     figures.accuracy({"base": report(0.1, 0.3), "short": short}, tmp_path / "accuracy.png")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,15 @@ from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from mind import latent, separation
+from mind.answering import Examinee
 from mind.config import Config, Latent, Synthesis
 from mind.errors import ConfigError, DataError, StudentError
+from mind.grading import split_answer_line
 from mind.params import validate
 from mind.prompts import student_ids, student_prompt
 from mind.records import PERSPECTIVES, Example, Question, Rationale, write_jsonl
+from mind.stages import evaluate
+from mind.students import decoding
 from mind.workspace import Workspace
 from tests import tiny
 
@@ -84,6 +89,14 @@ def test_what_is_said_of_a_question_does_not_count() -> None:
     states = planted(1.0)
     moved = states + 100 * np.random.default_rng(9).normal(size=(QUESTIONS, WIDTH))[GROUPS]
     assert np.allclose(separation.without_question(states, GROUPS), separation.without_question(moved, GROUPS))
+
+
+def test_rounding_is_not_structure() -> None:
+    """Three equal numbers less their mean are not always 0; brought to unit variance, what is left would be as large as any finding."""
+    equal = np.repeat(np.random.default_rng(0).normal(size=(QUESTIONS, WIDTH)), 3, axis=0)
+    groups = np.repeat(np.arange(QUESTIONS), 3)
+    assert (equal != np.add.reduceat(equal, np.arange(0, len(equal), 3))[groups] / 3).any()
+    assert not separation.without_question(equal, groups).any()
 
 
 def test_dimensions_that_never_vary_do_no_harm() -> None:
@@ -195,6 +208,16 @@ def test_states_that_are_all_the_same_are_reported_not_fatal() -> None:
     assert "cannot be told apart" in flat.sentence
 
 
+def test_as_many_perspectives_as_rationales_are_refused_with_what_to_do() -> None:
+    """Four questions with two views each, no perspective twice: no rationale has another of its kind."""
+    ids, names = [f"q{i // 2}" for i in range(8)], list(PERSPECTIVES)
+    with pytest.raises(DataError, match="8 rationales of 8 perspectives") as caught:
+        latent.measure(planted(1.0)[:8], ids, names, Latent(), seed=1)
+    assert "more rationales" in caught.value.wanted and "latent.questions" in caught.value.do
+    found = latent.measure(planted(1.0)[:8], ids, [*names[:7], names[0]], Latent(), seed=1)  # one of them twice is enough to go on
+    assert np.isfinite([found.ari.value, found.nmi.value, found.silhouette.value]).all()
+
+
 def test_metrics_are_plain_numbers_and_words(clear: latent.LatentReport) -> None:
     metrics = json.loads(json.dumps(clear.metrics(), allow_nan=False))
     assert set(metrics["ari"]) == {"value", "low", "high", "chance", "p"}
@@ -208,7 +231,13 @@ def test_a_student_has_not_moved_from_itself(clear: latent.LatentReport) -> None
     change = latent.against(clear.map, clear.map)
     assert (change.silhouette, change.low, change.high) == (0, 0, 0)
     assert change.drift == pytest.approx(0, abs=1e-9)
-    assert change.sentence("mind", "base").startswith("In mind the perspectives are as separable as in base")
+    assert change.sentence("mind", "base").startswith("No difference between mind and base was seen in how separable the perspectives are")
+
+
+def test_an_interval_that_holds_zero_is_no_equality() -> None:
+    said = latent.Change(0.20, -0.01, 0.41, 0.1).sentence("mind", "base")
+    assert "No difference" in said and "was seen" in said and "silhouette +0.20, 95 % interval -0.01 to +0.41" in said
+    assert "as separable as" not in said
 
 
 def test_more_and_less_separable_are_told_apart(clear: latent.LatentReport, none: latent.LatentReport) -> None:
@@ -333,6 +362,22 @@ def test_a_student_is_analysed() -> None:
     assert found.silhouette.value > 0.15 and found.silhouette.p < 0.05
 
 
+def test_an_accelerator_without_float64_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's MPS knows none: its states must be on the CPU before they are widened."""
+
+    class OnMps:
+        def __init__(self, states: torch.Tensor) -> None:
+            self.cpu = lambda: states
+
+        def double(self) -> torch.Tensor:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    student, examples = tiny.load(), tiny.examples(1)
+    states = torch.randn(len(examples[0].views), 4)
+    monkeypatch.setattr("mind.training.layout.view_states", lambda model, group: OnMps(states))
+    assert (latent.hidden_states(student.model, student.tokenizer, examples, ask) == states.double().numpy()).all()
+
+
 def test_a_student_that_diverged_is_an_error() -> None:
     student = tiny.load()
     student.model.model.norm.weight.data.fill_(float("nan"))
@@ -371,14 +416,90 @@ def spoken(count: int = 12) -> list[Example]:
     return [Example(id=f"q{i}", question="?", answer="1", difficulty=0, views=views) for i in range(count)]
 
 
+def words(examples: list[Example], texts: list[str]) -> latent.OwnWords:
+    encoder: Any = Letters()
+    return latent.own_words(examples, latent.own_texts(examples, texts, encoder), encoder, seed=1)
+
+
 def test_a_student_of_one_perspective_speaks_like_it() -> None:
-    found = latent.own_words(spoken(), ["ccb\nThe answer is aaaaaaa."] * 12, Letters(), seed=1)  # the answer line has no part in it
+    found = words(spoken(), ["ccb\nThe answer is aaaaaaa."] * 12)  # the answer line has no part in it
     assert found.nearest[PERSPECTIVES[2]] == 1 and found.kinds == pytest.approx(1) and found.p < 0.01
     assert PERSPECTIVES[2] in found.sentence and found.low < 1 <= found.high
     assert 1 / 8 < found.chance < 0.5  # the largest of eight shares is above 1/8 by chance
 
 
 def test_a_student_of_all_perspectives_speaks_like_none() -> None:
-    found = latent.own_words(spoken(16), [letter * 3 for letter in "abcdefgh" * 2], Letters(), seed=1)
+    found = words(spoken(16), [letter * 3 for letter in "abcdefgh" * 2])
     assert found.kinds == pytest.approx(8) and found.p > 0.9 and "no perspective in particular" in found.sentence
     assert json.loads(json.dumps(found.metrics()))["nearest"][PERSPECTIVES[0]] == 1 / 8
+
+
+def wrote(letter: str, questions: int = 12) -> latent.OwnTexts:
+    """A student that reasons with one letter most of the time, on top of what each question makes all say."""
+    random = np.random.default_rng(ord(letter))
+    texts = ["abcdefgh"[q % 8] * 6 + letter * 4 + "".join(random.choice(list("abcdefgh"), 2)) for q in range(questions)]
+    encoder: Any = Letters()
+    return latent.own_texts(spoken(questions), texts, encoder)
+
+
+def test_students_that_write_each_in_their_way_lie_apart() -> None:
+    found = latent.measure_writers({f"single-{letter}": wrote(letter) for letter in "bdg"}, Latent(), seed=1)
+    assert found.ari.value > 0.5 and found.ari.p < 0.01 and found.silhouette.value > 0.2
+    assert found.describe("students").startswith("The 3 students separate")
+    assert found.metrics("students")["rationales"] == 36 and "students" in found.metrics("students")["sentence"]
+
+
+def test_students_that_write_the_same_cannot_be_told_apart() -> None:
+    """Rounding sets equal texts of two students apart, as their neighbours in a batch differ; it must not count."""
+    one = wrote("b")
+    other = replace(one, features=one.features * (1 + 1e-7 * np.random.default_rng(0).normal(size=one.features.shape)))
+    found = latent.measure_writers({"single-a": one, "single-b": other, "single-c": one}, Latent(), seed=1)
+    assert found.ari.value == pytest.approx(0, abs=1e-9) and found.components.value == pytest.approx(1)
+    assert "The 3 students cannot be told apart" in found.describe("students")
+
+
+@pytest.mark.parametrize("other", [{"encoder": "another"}, {"questions": ("x",) * 12}])
+def test_texts_on_other_questions_or_of_other_encoders_are_refused(other: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="other questions, or read by other encoders"):
+        latent.measure_writers({"one": wrote("b"), "two": replace(wrote("d"), **other)}, Latent(), seed=1)
+
+
+def test_texts_are_read_as_they_were_written(tmp_path: Path) -> None:
+    assert latent.read_texts(tmp_path) is None
+    kept = wrote("b")
+    kept.write(tmp_path)
+    found = latent.read_texts(tmp_path)
+    assert found is not None and (found.questions, found.texts, found.encoder) == (kept.questions, kept.texts, kept.encoder)
+    assert np.allclose(found.features, kept.features, atol=1e-6)
+    np.save(tmp_path / latent.FEATURES, np.ones((3, 8)))
+    with pytest.raises(DataError, match=r"own_words.npy holds \(3, 8\) for 12 texts"):
+        latent.read_texts(tmp_path)
+    (tmp_path / latent.FEATURES).write_bytes(b"no array")
+    with pytest.raises(DataError, match="damaged"):
+        latent.read_texts(tmp_path)
+
+
+def test_evaluate_asks_the_student_the_held_out_questions_and_keeps_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = tiny.save(tmp_path / "tiny")
+    config = validate(
+        {"student": {"name": str(name)}, "evaluation": {"max_new_tokens": 12, "samples": 3}, "latent": {"encoder": "letters"}}
+    )
+    made = Workspace(tmp_path)
+    made.student("base").mkdir(parents=True)
+    made.report("base").mkdir(parents=True)
+    asked: list[str] = []
+    monkeypatch.setattr(evaluate, "load_encoder", lambda name: asked.append(name) or Letters())
+    who = Examinee("base", config.variant("base").method, config.student, made.student("base"))
+    examples = tiny.examples(4)
+    found = evaluate._own_words(examples, who, config, made, made.report("base"))
+    assert asked == ["letters"]
+    assert (found.questions, found.encoder) == (4, "letters") and sum(found.nearest.values()) == pytest.approx(1)
+    kept = latent.read_texts(made.report("base"))
+    assert kept is not None and kept.questions == tuple(example.id for example in examples) and any(kept.texts)
+    prompts = [student_ids(who.student.tokenizer, who.ask(example)) for example in examples]
+    likely = decoding.generate(who.student.model, who.student.tokenizer, prompts, max_new_tokens=12, batch_tokens=4096)
+    assert kept.texts == tuple(split_answer_line(one.text)[0] for one in likely)  # one answer, whatever evaluation.samples is
+    again: list[int] = []
+    monkeypatch.setattr(decoding, "generate", lambda model, tokenizer, prompts, **_: again.append(len(prompts)))
+    assert evaluate._own_words(examples, who, config, made, made.report("base")) == found
+    assert again == [0]  # what was answered is kept: nothing is generated twice

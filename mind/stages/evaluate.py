@@ -59,7 +59,7 @@ def run(config: Config, workspace: Workspace, variant: str | None) -> None:
             figures.latent_map({variant: found.map}, folder / "latent.png", title=found.sentence)
             metrics["latent"] = found.metrics()
             if config.latent.encoder:
-                metrics["latent"]["own_words"] = _own_words(held_out, who, config, workspace).metrics()
+                metrics["latent"]["own_words"] = _own_words(held_out, who, config, workspace, folder).metrics()
         write_jsonl(folder / "predictions.jsonl", [row for rows in predictions for row in rows])
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         figures.accuracy({variant: metrics}, folder / "accuracy.png")
@@ -90,15 +90,17 @@ def summarise(workspace: Workspace, variant: str, metrics: dict[str, Any]) -> No
         csv.writer(file, lineterminator="\n").writerows([("benchmark", "accuracy", "ci_low", "ci_high"), *rows])
 
 
-def _own_words(held_out: Sequence[Example], who: Examinee, config: Config, workspace: Workspace) -> latent.OwnWords:
-    """The student's own reasoning on the questions of the latent analysis, beside the teacher's."""
+def _own_words(held_out: Sequence[Example], who: Examinee, config: Config, workspace: Workspace, folder: Path) -> latent.OwnWords:
+    """The student's own reasoning on the questions of the latent analysis, beside the teacher's; kept in `folder` for `mind compare`."""
     assert config.latent.encoder
     encoder = load_encoder(config.latent.encoder)
     shown = {"id", "question", "answer", "kind", "choices"}
     questions = [Question(**example.model_dump(include=shown)) for example in held_out]
     benchmark = Benchmark("held-out", "id", "number", questions, outputs.digest_json([one.model_dump() for one in questions]))
     (answers,) = answer([benchmark], who, config.evaluation.model_copy(update={"samples": 1}), workspace, config.seed)
-    return latent.own_words(held_out, [samples[0].output for samples in answers], encoder, config.seed)
+    written = latent.own_texts(held_out, [samples[0].output for samples in answers], encoder)
+    written.write(folder)
+    return latent.own_words(held_out, written, encoder, config.seed)
 
 
 def _track(
