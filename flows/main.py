@@ -22,7 +22,7 @@ from prefect.tasks import Task
 
 from flows import shown
 from flows.parallel import resources, runner
-from mind import memory, versioning
+from mind import doctor, memory, versioning
 from mind.config import Parallel
 from mind.errors import EXIT_MEMORY, EXIT_PASSING, PassingError, StageError
 from mind.params import load_config, nest
@@ -100,6 +100,7 @@ def mind(
     overrides = nest({**(set or {}), **({"run.variants": variants} if variants else {})})
     here = versioning.derive(Workspace.find(workspace), overrides)
     config = load_config(here.params)
+    doctor.preflight(config, here)
     versioning.ensure_data(here)
     targets, parallel = versioning.stage_targets(config.run.variants), config.run.parallel
     if parallel.engine == "none":

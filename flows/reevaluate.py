@@ -17,7 +17,7 @@ from prefect.states import Completed, Failed
 
 from flows import shown
 from flows.main import PATIENT
-from mind import memory, reevaluation, versioning
+from mind import memory, reevaluation, registry, versioning
 from mind.config import Config
 from mind.params import load_config
 from mind.reevaluation import Pending, Result
@@ -53,7 +53,8 @@ def reevaluate(workspace: Path = Path()) -> State[Any]:
     versioning.ensure_data(here)
     pairs = reevaluation.pending(config, here)
     if not pairs:
-        return Completed(message="every student has a result on every benchmark")
+        begun = registry.versions(here, config.tracking)
+        return Completed(message="every student has a result on every benchmark" if begun else "no student is registered yet")
     states = [measure(here.root, config, pair, return_state=True) for pair in pairs]
     results = [state.result() for state in states if state.is_completed()]
     if results and shown.watched():

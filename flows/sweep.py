@@ -17,7 +17,7 @@ from prefect import flow
 from flows import shown
 from flows.main import bring_up_to_date, one_after_another, side_by_side
 from flows.parallel import runner
-from mind import versioning
+from mind import doctor, versioning
 from mind.errors import StageError
 from mind.params import load_config
 from mind.progress import console
@@ -38,10 +38,12 @@ def sweep(workspace: Path, seeds: list[int], variants: list[str] | None = None, 
         Stage -> "ran", "restored" or "up to date".
 
     Raises:
+        ConfigError: settings that a later stage would refuse.
         StageError: some stages failed; all that could be done without them is done.
     """
     here = versioning.derive_over_seeds(Workspace.find(workspace), set or {}, variants, seeds)
     config = load_config(here.params)
+    doctor.preflight(config, here)
     versioning.ensure_data(here)
     targets, parallel = versioning.stage_targets(config.run.variants), config.run.parallel
     if parallel.engine == "none":

@@ -40,13 +40,21 @@ def guarded(command: F) -> F:
     return run  # type: ignore[return-value]
 
 
-def _names(listed: str | None) -> list[str] | None:
+def _given(_context: click.Context, _option: click.Parameter, text: str | None) -> str | None:
+    """An option that is there and names nothing, as an empty "$V" in a script, is not taken for one that is not there."""
+    if text is not None and not text.strip(", "):
+        raise click.BadParameter(f"'{text}' names nothing; wanted a name, or no such option at all")
+    return text
+
+
+def _names(context: click.Context, option: click.Parameter, listed: str | None) -> list[str] | None:
     """'a, b' -> ['a', 'b']."""
-    return [name.strip() for name in listed.split(",") if name.strip()] if listed else None
+    listed = _given(context, option, listed)
+    return None if listed is None else [name.strip() for name in listed.split(",") if name.strip()]
 
 
-def _seeds(_context: click.Context, _option: click.Parameter, listed: str) -> list[int]:
-    texts = _names(listed) or [listed]
+def _seeds(context: click.Context, option: click.Parameter, listed: str) -> list[int]:
+    texts = _names(context, option, listed) or []
     for text in texts:
         if not text.isdecimal():
             raise click.BadParameter(f"'{text}'; wanted whole numbers like 17,18,19")
@@ -56,7 +64,11 @@ def _seeds(_context: click.Context, _option: click.Parameter, listed: str) -> li
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mind")
 @click.option(
-    "-C", "--workspace", "folder", type=click.Path(path_type=Path, file_okay=False), help="Work there instead of in the current folder."
+    "-C",
+    "--workspace",
+    "folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Work there instead of in the current folder.",
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages.")
 def main(folder: Path | None, debug: bool) -> None:
@@ -76,13 +88,13 @@ def main(folder: Path | None, debug: bool) -> None:
 @main.command()
 @set_option
 @force_option
-@click.option("--variants", metavar="A,B,...", help="Which variants, in place of run.variants.")
+@click.option("--variants", metavar="A,B,...", callback=_names, help="Which variants, in place of run.variants.")
 @guarded
-def run(overrides: tuple[str, ...], force: bool, variants: str | None) -> None:
+def run(overrides: tuple[str, ...], force: bool, variants: list[str] | None) -> None:
     """Bring the whole line up to date and compare the variants."""
     from mind import doors
 
-    doors.run(_workspace(overrides, _names(variants)), force=force)
+    doors.run(_workspace(overrides, variants), force=force)
 
 
 @main.command()
@@ -144,10 +156,10 @@ def reevaluate(overrides: tuple[str, ...], dry_run: bool) -> None:
 
 @main.command()
 @click.option("--seeds", required=True, metavar="17,18,...", callback=_seeds, help="Of the trainings; all share one dataset.")
-@click.option("--variants", metavar="A,B,...", help="Which variants; default: run.variants. The reference comes along.")
+@click.option("--variants", metavar="A,B,...", callback=_names, help="Which variants; default: run.variants. The reference comes along.")
 @set_option
 @guarded
-def sweep(seeds: list[int], variants: str | None, overrides: tuple[str, ...]) -> None:
+def sweep(seeds: list[int], variants: list[str] | None, overrides: tuple[str, ...]) -> None:
     """Many variants with many seeds: train, evaluate, compare.
 
     What is done is cached: the same command again, or one with more variants and seeds, runs only what is new. A variant that
@@ -156,13 +168,13 @@ def sweep(seeds: list[int], variants: str | None, overrides: tuple[str, ...]) ->
     from mind import doors
     from mind.params import parse_overrides
 
-    doors.sweep(Workspace.find(), parse_overrides(overrides), _names(variants), seeds)
+    doors.sweep(Workspace.find(), parse_overrides(overrides), variants, seeds)
 
 
 @main.command()
 @set_option
-@click.option("--variants", metavar="A,B,...", help="Which ones; default: run.variants, or with --runs all.")
-@click.option("--reference", help="What the others are tested against; default: run.reference.")
+@click.option("--variants", metavar="A,B,...", callback=_names, help="Which ones; default: run.variants, or with --runs all.")
+@click.option("--reference", callback=_given, help="What the others are tested against; default: run.reference.")
 @click.option("--runs", is_flag=True, help="From MLflow: every variant and seed of this dataset and student, wherever it was trained.")
 @json_option
 @click.option("--markdown", "form", flag_value="markdown", help="A Markdown table.")
@@ -171,7 +183,7 @@ def sweep(seeds: list[int], variants: str | None, overrides: tuple[str, ...]) ->
 @guarded
 def compare(
     overrides: tuple[str, ...],
-    variants: str | None,
+    variants: list[str] | None,
     reference: str | None,
     runs: bool,
     as_json: bool,
@@ -187,7 +199,7 @@ def compare(
 
     workspace = _workspace(overrides)
     read = comparison.compare_runs if runs else comparison.compare
-    result = read(workspace, load_config(workspace.params), _names(variants), reference)
+    result = read(workspace, load_config(workspace.params), variants, reference)
     tables.show(result, "json" if as_json else form or "console")
     if picture is not None:
         tables.draw(result, picture)
@@ -195,7 +207,7 @@ def compare(
 
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8765, show_default=True, help="0 picks a free one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="0 picks a free one.")
 @click.option("--latency", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="Wait before each answer.")
 @click.option("--fail-rate", type=click.FloatRange(0, 1), default=0.0, help="Share of requests answered with a 500.")
 @click.option("--wrong-rate", type=click.FloatRange(0, 1), default=0.0, help="Share of replies that are a recorded mistake.")
@@ -267,6 +279,18 @@ def doctor(overrides: tuple[str, ...]) -> None:
     workspace = _workspace(overrides)
     if not checkup.report(load_config(workspace.params), workspace):
         raise SystemExit(1)
+
+
+@main.command()
+@set_option
+@guarded
+def settings(overrides: tuple[str, ...]) -> None:
+    """Print every setting with its value, defaults included, in the form of params.yaml."""
+    from mind.config import merge
+    from mind.params import dump, parse_overrides, read_params, validate
+
+    path = Workspace.find().params
+    click.echo(dump(validate(merge(read_params(path), parse_overrides(overrides)), "params.yaml with --set")), nl=False)
 
 
 def _workspace(overrides: tuple[str, ...], variants: list[str] | None = None) -> Workspace:

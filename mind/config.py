@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from mind.errors import ConfigError
+from mind.errors import ConfigError, nearest
 from mind.records import PERSPECTIVES
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -447,7 +447,9 @@ class Config(Settings):
         """
         if name not in self.variants:
             raise ConfigError(
-                f"unknown variant '{name}'", wanted=f"one of {', '.join(self.variants)}", do="add it under 'variants:' in params.yaml"
+                f"unknown variant '{name}'{nearest(name, self.variants)}",
+                wanted=f"one of {', '.join(self.variants)}",
+                do="add it under 'variants:' in params.yaml",
             )
         own = self.variants[name]
         return Resolved(

@@ -26,6 +26,7 @@ from rich.console import Console
 from mind import store
 from mind.config import Config, Endpoint, Student
 from mind.errors import MindError
+from mind.grading import check_gold
 from mind.records import read_questions
 from mind.workspace import Workspace
 
@@ -44,6 +45,18 @@ class Check:
     ok: bool | None
     found: str
     do: str = ""
+
+
+def preflight(config: Config, workspace: Workspace) -> None:
+    """What the last stage would refuse, before the first one spends money and hours: every door calls it. Reads no rows, asks nobody.
+
+    Raises:
+        ConfigError: a benchmark that nobody has described, or whose file is malformed.
+    """
+    from mind.benchmarks.loading import describe
+
+    for name in config.evaluation.benchmarks:
+        describe(name, workspace)
 
 
 def report(config: Config, workspace: Workspace) -> bool:
@@ -215,7 +228,12 @@ def _questions(config: Config, workspace: Workspace) -> Iterator[Check]:
         return
     name = config.synthesis.questions
     pool = workspace.data / "questions" / f"{name}.jsonl"
-    questions = read_questions(pool if pool.exists() else workspace.root / name)
+    questions = read_questions(pool if pool.exists() else workspace.root / name)[: config.synthesis.limit]
+    for question in questions:
+        if fault := check_gold(question.answer, question.kind, question.choices):
+            do = f"mend its answer, so that it can be graded as '{question.kind}'"
+            yield Check("questions", False, f"'{name}', question '{question.id}': {fault}", do)
+            return
     if config.teacher.base_url == "embedded":
         from mind.teacher.recorded import UnknownQuestion, starter_corpus
 
@@ -230,15 +248,8 @@ def _questions(config: Config, workspace: Workspace) -> Iterator[Check]:
 
 
 def _benchmarks(config: Config, workspace: Workspace) -> Iterator[Check]:
-    from mind.benchmarks.loading import catalogue
-
-    known = catalogue(workspace)
-    unknown = [name for name in config.evaluation.benchmarks if name not in known]
-    if unknown:
-        do = f"mend evaluation.benchmarks, or describe it in {workspace.benchmarks}/{unknown[0]}.yaml"
-        yield Check("benchmarks", False, f"unknown: {', '.join(unknown)} (known: {', '.join(sorted(known))})", do)
-    else:
-        yield Check("benchmarks", True, ", ".join(config.evaluation.benchmarks))
+    preflight(config, workspace)
+    yield Check("benchmarks", True, ", ".join(config.evaluation.benchmarks))
 
 
 # ------------------------------------------------------------ teacher and student

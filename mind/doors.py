@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from rich.markup import escape
 
-from mind import services, versioning
+from mind import doctor, services, versioning
 from mind.config import Config
 from mind.errors import EXIT_INTERRUPTED, INTERRUPTED, ConfigError, DataError, StageError
 from mind.params import load_config
@@ -27,10 +27,12 @@ def run(workspace: Workspace, *, force: bool = False) -> None:
     """The whole line through the Prefect flow `mind`, then the comparison of its variants.
 
     Raises:
+        ConfigError: settings that a later stage would refuse.
         StageError: a stage failed.
     """
     started = time.monotonic()
     config = load_config(workspace.params)
+    doctor.preflight(config, workspace)
     states = _settled(workspace, config) if not force else {}
     if not states:
         with quiet_prefect(workspace), leaving_at_once():
@@ -46,12 +48,13 @@ def sweep(workspace: Workspace, overrides: Mapping[str, Any], variants: Sequence
     """Every variant with every seed through the Prefect flow `sweep`, then the comparison of what there is.
 
     Raises:
-        ConfigError: a variant that cannot have another seed.
+        ConfigError: a variant that cannot have another seed; settings that a later stage would refuse.
         StageError: some stages failed; the others are done and compared.
     """
     started = time.monotonic()
     here = versioning.derive_over_seeds(workspace, overrides, variants, seeds)
     config = load_config(here.params)
+    doctor.preflight(config, here)
     console.print(f"{len(config.run.variants)} students in {here.root.relative_to(here.home)}: {', '.join(config.run.variants)}")
     failure: StageError | None = None
     states = _settled(here, config)
@@ -101,7 +104,7 @@ def stage(workspace: Workspace, name: str, variant: str | None = None, *, force:
     """One stage, with whatever before it is out of date.
 
     Raises:
-        ConfigError: a variant that is defined but not among run.variants.
+        ConfigError: a variant that is defined but not among run.variants; settings that a later stage would refuse.
         StageError: a stage failed.
     """
     config = load_config(workspace.params)
@@ -112,6 +115,7 @@ def stage(workspace: Workspace, name: str, variant: str | None = None, *, force:
             raise ConfigError(
                 f"variant '{variant}' is not among run.variants", do=f"add it in params.yaml, or give --set 'run.variants=[{chosen}]'"
             )
+    doctor.preflight(config, workspace)
     versioning.ensure_data(workspace)
     for target in _up_to(name, variant):
         last = target.partition("@")[0] == name
@@ -122,23 +126,27 @@ def stage(workspace: Workspace, name: str, variant: str | None = None, *, force:
 
 def reevaluate(workspace: Workspace, *, dry_run: bool = False) -> None:
     """Every registered student on every benchmark that it has no result on; each result is kept as it comes."""
-    from mind import reevaluation
+    from mind import reevaluation, registry
 
     config = load_config(workspace.params)
     versioning.ensure_data(workspace)
     todo = reevaluation.pending(config, workspace)
-    if not todo:
+    if not todo and not registry.versions(workspace, config.tracking):
+        console.print("no student is registered yet: `mind run` trains and registers them")
+    elif not todo:
         console.print("nothing to do: every registered student has a result on every benchmark")
     for pair in todo:
         console.print(f"to measure: {pair}" if dry_run else str(reevaluation.evaluate(config, workspace, pair)), markup=False)
 
 
 def estimate(workspace: Workspace) -> str:
-    """What synthesis would cost now."""
+    """What synthesis would cost now; refuses what a run would refuse."""
     from mind.stages import synthesize
 
+    config = load_config(workspace.params)
+    doctor.preflight(config, workspace)
     versioning.ensure_data(workspace)
-    return str(synthesize.dry_run(load_config(workspace.params), workspace))
+    return str(synthesize.dry_run(config, workspace))
 
 
 def cancel_batches(workspace: Workspace) -> str:

@@ -15,10 +15,11 @@ A message says what was found, what was wanted and what to do.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 EXIT_FAILED = 1
@@ -27,6 +28,19 @@ EXIT_MEMORY = 71  # EX_OSERR of sysexits.h: a resource of the system is used up
 EXIT_PASSING = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
 INTERRUPTED = "\nstopped; run the same command again to go on where it was"
+
+DEBUG = "run again as `mind --debug COMMAND`"
+FULL = "free some and run again: finished work is kept"
+WRITABLE = "work in a folder that can be written: `mind -C FOLDER COMMAND`"
+STEPS = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EROFS: WRITABLE,
+    errno.EACCES: f"give this user the right to it, or {WRITABLE}",
+    errno.EPERM: f"give this user the right to it, or {WRITABLE}",
+    errno.ENOENT: "see that the path is right, and `mind doctor` for what else is missing",
+}
+"""What mends an error of the system that no code of ours has explained; the others want a look with `--debug`."""
 
 
 class MindError(Exception):
@@ -86,6 +100,29 @@ class PassingError(MindError):
     exit_code = EXIT_PASSING
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean ...?', for the end of a message about a name that is not among `known`; empty when none is like it."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def of_the_system(error: BaseException) -> OSError | None:
+    """The error of the operating system that this one is, or that a library has wrapped in it and that we know a step for."""
+    if isinstance(error, OSError):
+        return error
+    cause = error.__cause__
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno in STEPS):
+        cause = cause.__cause__
+    return cause
+
+
+def told(error: OSError) -> str:
+    """What the system refused, where, and what to do about it."""
+    what = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{what}\n  to do:  {STEPS.get(error.errno or 0, f'{DEBUG} to see where')}"
+
+
 @contextmanager
 def exit_on_error(debug: bool = False, passing: int = EXIT_FAILED, farewell: str = INTERRUPTED) -> Iterator[None]:
     """The last resort of every command: an error becomes a message on stderr and an exit code, without a traceback.
@@ -99,22 +136,16 @@ def exit_on_error(debug: bool = False, passing: int = EXIT_FAILED, farewell: str
         if farewell:
             print(farewell, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except (MindError, OSError) as error:
+    except Exception as error:
+        system = of_the_system(error)
         if debug:
             traceback.print_exc()
         elif isinstance(error, MindError):
             print(f"error: {error}", file=sys.stderr)
-        elif error.errno == errno.ENOSPC:
-            print("error: no space left on the disk\n  to do:  free some and run again: finished work is kept", file=sys.stderr)
-        else:
-            place = f"{error.filename}: " if error.filename else ""
-            print(f"error: {place}{error.strerror or error}\n  to do:  run again with --debug to see where", file=sys.stderr)
-        code = error.exit_code if isinstance(error, MindError) else EXIT_FAILED
-        sys.exit(EXIT_FAILED if passing == EXIT_FAILED and code in (EXIT_PASSING, EXIT_MEMORY) else code)
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
+        elif system is not None:
+            print(f"error: {told(system)}", file=sys.stderr)
         else:
             what = f"{type(error).__name__}: {error}"
-            print(f"error: {what}\n  This is a fault in mind. To do: run again with --debug and report what it shows.", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
+            print(f"error: {what}\n  This is a fault in mind. To do: {DEBUG} and report what it shows.", file=sys.stderr)
+        code = error.exit_code if isinstance(error, MindError) else EXIT_FAILED
+        sys.exit(EXIT_FAILED if passing == EXIT_FAILED and code in (EXIT_PASSING, EXIT_MEMORY) else code)

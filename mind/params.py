@@ -5,7 +5,6 @@ Unknown keys are refused with their path and the nearest known key; all faults a
 
 from __future__ import annotations
 
-import difflib
 import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from mind.config import METHOD_NAMES, METHODS, Config, Student, Training, Variant, merge
-from mind.errors import ConfigError
+from mind.errors import ConfigError, nearest
 
 
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def validate(raw: Mapping[str, Any], source: str = "params.yaml") -> Config:
         faults += _repeat_faults(name, config)
     for name in dict.fromkeys((*config.run.variants, config.run.reference)):
         if name not in config.variants:
-            faults.append(f"run: variant '{name}' is not defined{_nearest(name, config.variants)}; defined: {', '.join(config.variants)}")
+            faults.append(f"run: variant '{name}' is not defined{nearest(name, config.variants)}; defined: {', '.join(config.variants)}")
     if faults:
         raise _fault(source, faults)
     return config
@@ -119,7 +118,7 @@ def _repeat_faults(name: str, config: Config) -> Iterable[str]:
     if origin is None:
         return
     if origin not in config.variants or origin == name:
-        yield f"{place}: '{origin}' is not another variant{_nearest(origin, config.variants)}"
+        yield f"{place}: '{origin}' is not another variant{nearest(origin, config.variants)}"
         return
     first = config.variants[origin]
     if first.repeats is not None:
@@ -174,6 +173,12 @@ def dump_raw(data: Mapping[str, Any]) -> str:
     return out.getvalue()
 
 
+def dump(config: Config) -> str:
+    """All settings, defaults included, as params.yaml would have them."""
+    data = config.model_dump(mode="json")
+    return dump_raw({**data, "variants": {name: _flatten_method(own) for name, own in data["variants"].items()}})
+
+
 def _nest_methods(variants: Any) -> Any:
     """A variant is written flat ({method: mind, inertia: 0}); its method's options move under `method` here."""
     if not isinstance(variants, Mapping):
@@ -206,7 +211,7 @@ def _describe(error: Any) -> str:
         loc = [*loc[:2], *(loc[4:] if len(loc) > 4 else ["method"])]
     path = ".".join(loc)
     if error["type"] == "extra_forbidden":
-        return f"{path}: unknown key{_nearest(loc[-1], _known_keys(loc[:-1], error))}"
+        return f"{path}: unknown key{nearest(loc[-1], _known_keys(loc[:-1], error))}"
     if error["type"] == "union_tag_invalid":
         return f"{path}: unknown method {error['input'].get('method')!r}; wanted one of {', '.join(METHOD_NAMES)}"
     if error["type"] == "union_tag_not_found":
@@ -241,8 +246,3 @@ def _known_keys(parents: list[str], error: Any) -> Iterable[str]:
             return ()
         model = annotation
     return model.model_fields
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""

@@ -138,9 +138,26 @@ def test_the_embedded_teacher_must_know_the_questions(workspace: Workspace) -> N
     assert only(doctor._questions(asked, workspace)).found == "1 in 'own'"
 
 
-def test_an_unknown_benchmark_fails(workspace: Workspace) -> None:
-    check = only(doctor._benchmarks(config(evaluation={"benchmarks": ["primer", "swallows"]}), workspace))
-    assert check.ok is False and check.found.startswith("unknown: swallows (known: ")
+def test_an_answer_that_cannot_be_graded_fails(workspace: Workspace) -> None:
+    own = workspace.data / "questions" / "own.jsonl"
+    rows = [{"id": "q1", "question": "How many eggs?", "answer": "12"}, {"id": "q2", "question": "And more?", "answer": "a dozen"}]
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teacher = {"base_url": "http://host/v1", "model": "m"}
+    check = only(doctor._questions(config(synthesis={"questions": "own"}, teacher=teacher), workspace))
+    assert check.ok is False and "'own', question 'q2'" in check.found and "as 'number'" in check.do
+    begun = config(synthesis={"questions": "own", "limit": 1}, teacher=teacher)  # a run does not read further
+    assert only(doctor._questions(begun, workspace)).ok
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("yesnow", "unknown benchmark 'yesnow'; did you mean 'yesno'?"), ("mine", "mine.yaml: domain: Input should be")]
+)
+def test_a_benchmark_that_cannot_be_used_fails(workspace: Workspace, name: str, says: str) -> None:
+    workspace.benchmarks.mkdir(exist_ok=True)
+    (workspace.benchmarks / "mine.yaml").write_text("title: T\ndomain: somewhere\n")
+    settings = config(evaluation={"benchmarks": ["primer", name]})
+    check = only(check for check in doctor.checks(settings, workspace) if check.name == "benchmarks")
+    assert check.ok is False and says in check.found and check.do
 
 
 # ------------------------------------------------------------ teacher and student

@@ -16,7 +16,7 @@ import pytest
 
 from mind import comparison, doors, versioning
 from mind.errors import ConfigError, StageError
-from mind.params import load_config
+from mind.params import load_config, nest
 from mind.workspace import Workspace
 
 STAGE = """import json, os, pathlib, random, sys
@@ -114,6 +114,16 @@ def test_settings_of_a_sweep_are_those_of_all_its_seeds(workspace: Workspace) ->
     config = load_config(here.params)
     assert config.run.variants == ("base", "mind-1", "mind-2")
     assert all(config.variant(name).method.beta == 0.5 for name in ("mind", "mind-1", "mind-2"))  # type: ignore[union-attr]
+
+
+def test_a_benchmark_that_cannot_be_used_is_refused_by_the_flows_too(workspace: Workspace) -> None:
+    from flows.main import mind
+    from flows.sweep import sweep
+
+    settings = {"evaluation.benchmarks": ["nope"]}
+    for flow, given in ((mind, {"set": settings}), (sweep, {"set": nest(settings), "seeds": [17]})):
+        with pytest.raises(ConfigError, match="unknown benchmark 'nope'"):
+            flow(workspace.root, **given)
 
 
 def test_an_unknown_variant_is_refused_before_anything_runs(workspace: Workspace) -> None:

@@ -524,6 +524,9 @@ def test_own_questions_and_the_embedded_teacher_do_not_go_together(tmp_path: Pat
     with pytest.raises(TeacherError, match="recorded replies") as caught:
         synthesize.write(config(), place)
     assert "teacher.base_url" in str(caught.value)
+    with pytest.raises(TeacherError, match="does not know question 'own'") as caught:
+        synthesize.dry_run(config(), place)
+    assert "teacher.base_url" in str(caught.value)
 
 
 # -------------------------------------------------------------------- secrets

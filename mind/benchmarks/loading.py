@@ -8,7 +8,6 @@ of the workspace, the folder $MIND_BENCHMARKS_DIR, the workspace itself, the hub
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
 from mind.config import Settings
-from mind.errors import ConfigError, DataError, PassingError
+from mind.errors import ConfigError, DataError, PassingError, nearest
 from mind.grading import check_gold
 from mind.outputs import digest_json
 from mind.records import Kind, Question
@@ -101,6 +100,22 @@ def catalogue(workspace: Workspace) -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
+def describe(name: str, workspace: Workspace) -> tuple[Path, Spec]:
+    """The file of benchmark `name`, and what it says. Reads no rows.
+
+    Raises:
+        ConfigError: no benchmark of that name, or its YAML file is malformed.
+    """
+    known = catalogue(workspace)
+    if name not in known:
+        raise ConfigError(
+            f"unknown benchmark '{name}'{nearest(name, known)}",
+            wanted=f"one of {', '.join(sorted(known))}",
+            do=f"mend evaluation.benchmarks, or describe it in {workspace.home / 'benchmarks' / name}.yaml",
+        )
+    return known[name], read_spec(known[name])
+
+
 def load(name: str, workspace: Workspace, limit: int | None = None) -> Benchmark:
     """The first `limit` questions (all without it) of benchmark `name`.
 
@@ -109,16 +124,8 @@ def load(name: str, workspace: Workspace, limit: int | None = None) -> Benchmark
         DataError: its rows are nowhere to be had, or some are malformed (names them).
         PassingError: the hub does not answer.
     """
-    known = catalogue(workspace)
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        raise ConfigError(
-            f"unknown benchmark '{name}'{f'; did you mean {close[0]!r}?' if close else ''}",
-            wanted=f"one of {', '.join(sorted(known))}",
-            do=f"mend evaluation.benchmarks, or describe it in {workspace.benchmarks / name}.yaml",
-        )
-    spec = read_spec(known[name])
-    source, rows = _rows(name, spec, known[name].parent, workspace)
+    path, spec = describe(name, workspace)
+    source, rows = _rows(name, spec, path.parent, workspace)
     questions = _questions(source, rows, spec)[:limit]
     return Benchmark(name, spec.domain, spec.kind, questions, digest_json([question.model_dump() for question in questions]))
 

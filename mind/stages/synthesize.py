@@ -32,7 +32,7 @@ from mind.teacher.client import Client, shown
 from mind.teacher.estimate import Estimate, Forecast
 from mind.teacher.judge import REASONS
 from mind.teacher.perspectives import prompts_digest
-from mind.teacher.recorded import Behaviour, starter_corpus
+from mind.teacher.recorded import Behaviour, UnknownQuestion, starter_corpus
 from mind.workspace import Workspace
 
 
@@ -77,8 +77,15 @@ def write(config: Config, workspace: Workspace) -> Outcome:
 
 
 def dry_run(config: Config, workspace: Workspace) -> Estimate:
-    """What `run` would buy now; prints as a table. Asks nothing. Raises DataError, ConfigError."""
+    """What `run` would buy now; prints as a table. Asks nothing.
+
+    Raises:
+        DataError, ConfigError: as of `run`.
+        TeacherError: the embedded teacher does not know a question.
+    """
     _, questions = read_pool(config, workspace)
+    if config.teacher.base_url == "embedded":
+        _check_recorded(questions)
     with ReplyCache(workspace.replies) as cache:
         teacher, judge = config.teacher, config.synthesis.llm_judge
         first, second = _wallets(config, cache)
@@ -126,6 +133,18 @@ def read_pool(config: Config, workspace: Workspace) -> tuple[Path, list[Question
         if fault:
             raise DataError(f"{path}, question '{question.id}': {fault}", wanted=f"an answer that can be graded as '{question.kind}'")
     return path, questions
+
+
+def _check_recorded(questions: Sequence[Question]) -> None:
+    for question in questions:
+        try:
+            starter_corpus().find([{"role": "user", "content": question.question}])
+        except UnknownQuestion:
+            raise TeacherError(
+                f"the embedded teacher does not know question '{question.id}'",
+                wanted="questions of the starter corpus: it has recorded replies for no others",
+                do="set teacher.base_url and teacher.model to an endpoint that answers any question",
+            ) from None
 
 
 # ------------------------------------------------------------------ endpoints
