@@ -228,7 +228,7 @@ def _questions(config: Config, workspace: Workspace) -> Iterator[Check]:
         return
     name = config.synthesis.questions
     pool = workspace.data / "questions" / f"{name}.jsonl"
-    questions = read_questions(pool if pool.exists() else workspace.root / name)[: config.synthesis.limit]
+    questions = read_questions(pool if pool.exists() else workspace.home / name)[: config.synthesis.limit]
     for question in questions:
         if fault := check_gold(question.answer, question.kind, question.choices):
             do = f"mend its answer, so that it can be graded as '{question.kind}'"

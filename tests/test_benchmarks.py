@@ -182,6 +182,15 @@ def test_the_hub_is_asked_for_the_pinned_rows(workspace: Workspace, monkeypatch:
     assert kwargs["split"] == "test" and len(kwargs["revision"]) == 40
 
 
+def test_a_description_may_name_the_hub_in_place_of_a_file(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: [{"q": "What is 1 plus 1?", "a": "2"}])
+    describe(workspace, file=None, hub={"id": "us/freight", "split": "test"})
+    assert load("mine", workspace).questions[0].answer == "2"
+    describe(workspace, file=None)
+    with pytest.raises(ConfigError, match="neither file nor hub"):
+        load("mine", workspace)
+
+
 def test_the_same_rows_have_the_same_digest_from_any_kind_of_file(workspace: Workspace) -> None:
     import pandas
 

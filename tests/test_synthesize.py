@@ -517,6 +517,8 @@ def test_a_pool_that_is_not_there_and_a_file_by_path(tmp_path: Path, capsys: pyt
     path, questions = synthesize.read_pool(config(synthesis={"questions": "mine.jsonl"}), place)
     assert (path, [q.id for q in questions]) == (tmp_path / "mine.jsonl", [question(3)["id"]])
     assert "outside data/questions" in capsys.readouterr().err
+    derived = Workspace(tmp_path / ".mind" / "workspaces" / "abc")  # of --set: the path still starts where the person is
+    assert synthesize.read_pool(config(synthesis={"questions": "mine.jsonl"}), derived)[0] == path
 
 
 def test_own_questions_and_the_embedded_teacher_do_not_go_together(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class Spec(Settings):
     domain: Domain
     kind: Kind
     licence: str
-    file: str  # JSONL, CSV or Parquet
+    file: str | None = None  # JSONL, CSV or Parquet; without it the hub alone is asked
     hub: Hub | None = None
     columns: Columns
     answer_pattern: str | None = None  # a regular expression whose first group is the answer within the answer column
@@ -78,6 +78,8 @@ class Spec(Settings):
     def _whole(self) -> Spec:
         if (self.kind == "choice") != bool(self.columns.choices or self.columns.wrong):
             raise ValueError("kind 'choice' goes with columns.choices or columns.wrong, and no other kind does")
+        if self.file is None and self.hub is None:
+            raise ValueError("neither file nor hub says where the rows are")
         if self.answer_pattern is not None and re.compile(self.answer_pattern).groups < 1:
             raise ValueError("answer_pattern has no group")
         return self
@@ -151,8 +153,8 @@ def read_spec(path: Path) -> Spec:
 
 def _rows(name: str, spec: Spec, beside: Path, workspace: Workspace) -> tuple[str, list[Placed]]:
     named = os.environ.get(FOLDER_VARIABLE)
-    folders = [beside, workspace.data / "benchmarks", *([Path(named)] if named else []), workspace.root]
-    places = [folder / spec.file for folder in folders]
+    folders = [beside, workspace.data / "benchmarks", *([Path(named)] if named else []), workspace.home]
+    places = [folder / spec.file for folder in folders] if spec.file else []
     for place in places:
         if place.is_file():
             return str(place), list(_read(place))
@@ -160,7 +162,7 @@ def _rows(name: str, spec: Spec, beside: Path, workspace: Workspace) -> tuple[st
         return f"{spec.hub.id} ({spec.hub.split})", _numbered(_from_hub(name, spec.hub))
     raise DataError(
         f"benchmark '{name}': no file {spec.file}",
-        wanted=f"it in one of {', '.join(str(place.parent) for place in dict.fromkeys(places[1:]))}",
+        wanted=f"it in one of {', '.join(str(place.parent) for place in dict.fromkeys(places))}",
         do="`dvc pull data.dvc` brings the starter sets back; put files of your own into data/benchmarks",
     )
 

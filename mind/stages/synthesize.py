@@ -117,13 +117,13 @@ def read_pool(config: Config, workspace: Workspace) -> tuple[Path, list[Question
     """
     name = config.synthesis.questions
     pools = workspace.data / "questions"
-    path = workspace.root / name if name.endswith(".jsonl") or "/" in name else pools / f"{name}.jsonl"
+    path = workspace.home / name if name.endswith(".jsonl") or "/" in name else pools / f"{name}.jsonl"
     if not path.exists() and path.parent == pools:
         known = ", ".join(sorted(p.stem for p in pools.glob("*.jsonl"))) or "none"
         raise DataError(
             f"no pool of questions '{name}' in {pools}",
             wanted=f"one of: {known}",
-            do="put your questions there as NAME.jsonl, or name a file in synthesis.questions",
+            do=f"put your questions into {workspace.home / 'data' / 'questions'} as NAME.jsonl, or name a file in synthesis.questions",
         )
     if pools not in path.parents:
         console.print(f"{path} lies outside data/questions: changes in it do not make the pipeline run again", style="yellow", markup=False)
