@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -284,3 +285,26 @@ def test_prices(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no price for the model 'surprise'" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"teacher\.prices"):
         price_of("surprise", "http://x/v1", known, Budget(usd=1))
+
+
+def open_many(folder: Path, together: Any, failed: Any) -> None:
+    for attempt in range(40):
+        together.wait()
+        try:
+            with ReplyCache(folder / f"{attempt}.sqlite") as cache:
+                cache.count()
+        except MindError as error:
+            failed.put(str(error))
+
+
+def test_many_may_open_a_new_file_at_once(tmp_path: Path) -> None:
+    """SQLite refuses one of two that switch a file to WAL at the same moment, whatever time it was given to wait."""
+    context = multiprocessing.get_context("spawn")
+    together, failed = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=open_many, args=(tmp_path, together, failed)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert failed.empty(), failed.get()
