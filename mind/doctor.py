@@ -26,7 +26,7 @@ from rich.console import Console
 from mind import store
 from mind.config import Config, Endpoint, Student
 from mind.errors import MindError
-from mind.grading import check_gold
+from mind.grading import refuse_ungradable
 from mind.records import read_questions
 from mind.workspace import Workspace
 
@@ -229,21 +229,11 @@ def _questions(config: Config, workspace: Workspace) -> Iterator[Check]:
     name = config.synthesis.questions
     pool = workspace.data / "questions" / f"{name}.jsonl"
     questions = read_questions(pool if pool.exists() else workspace.home / name)[: config.synthesis.limit]
-    for question in questions:
-        if fault := check_gold(question.answer, question.kind, question.choices):
-            do = f"mend its answer, so that it can be graded as '{question.kind}'"
-            yield Check("questions", False, f"'{name}', question '{question.id}': {fault}", do)
-            return
+    refuse_ungradable(f"'{name}'", questions)
     if config.teacher.base_url == "embedded":
-        from mind.teacher.recorded import UnknownQuestion, starter_corpus
+        from mind.teacher.recorded import refuse_unknown
 
-        for question in questions:
-            try:
-                starter_corpus().find([{"role": "user", "content": question.question}])
-            except UnknownQuestion:
-                text = f"'{name}': the embedded teacher does not know question '{question.id}', only those of the starter corpus"
-                yield Check("questions", False, text, "set teacher.base_url and teacher.model to an endpoint that answers any question")
-                return
+        refuse_unknown(questions)
     yield Check("questions", True, f"{len(questions)} in '{name}'")
 
 

@@ -23,15 +23,15 @@ import string
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 
-from mind.errors import PassingError
+from mind.errors import DataError, PassingError
 from mind.prompts import PLACEHOLDERS
-from mind.records import Kind
+from mind.records import Kind, Question
 
 MATH_SECONDS = 5.0
 """The processor time in which two symbolic answers are compared; beyond it the answer counts as wrong. Load on the machine is no matter."""
@@ -104,6 +104,13 @@ def check_gold(answer: str, kind: Kind = "number", choices: Sequence[str] = ()) 
         return f"{len(choices)} options; wanted 2 to {len(string.ascii_uppercase)}"
     letters = string.ascii_uppercase[: len(choices)]
     return None if len(answer) == 1 and answer in letters else f"the answer {answer!r} is not one of the letters {', '.join(letters)}"
+
+
+def refuse_ungradable(source: object, questions: Iterable[Question]) -> None:
+    """Raises DataError for the first of the questions of `source` whose gold answer cannot be graded."""
+    for question in questions:
+        if fault := check_gold(question.answer, question.kind, question.choices):
+            raise DataError(f"{source}, question '{question.id}': {fault}", wanted=f"an answer that can be graded as '{question.kind}'")
 
 
 def split_answer_line(text: str) -> tuple[str, str | None]:

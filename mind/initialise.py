@@ -16,10 +16,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from mind import params, versioning
-from mind.errors import ConfigError, DataError
-from mind.grading import check_gold
+from mind.errors import ConfigError
+from mind.grading import refuse_ungradable
 from mind.progress import console
-from mind.records import Question, read_questions, write_jsonl
+from mind.records import read_questions, write_jsonl
 from mind.workspace import MARKERS, Workspace
 
 POOLS = {"primer": "primer-train.jsonl", "full": "train.jsonl"}
@@ -56,7 +56,8 @@ def make(
     """
     _refuse_to_overwrite(folder)
     settings = _settings(questions, base_url, model, student)
-    pool = _gradable(questions) if questions else []
+    pool = read_questions(questions) if questions else []
+    refuse_ungradable(questions, pool)
     with _all_or_nothing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_starter_data(folder / "data")
@@ -111,14 +112,6 @@ def _refuse_to_overwrite(folder: Path) -> None:
             wanted="a new or empty folder, or one without these",
             do="`mind init NEW_FOLDER`, for instance a folder inside this one",
         )
-
-
-def _gradable(path: Path) -> list[Question]:
-    pool = read_questions(path)
-    for question in pool:
-        if fault := check_gold(question.answer, question.kind, question.choices):
-            raise DataError(f"{path}, question '{question.id}': {fault}", wanted=f"an answer that can be graded as '{question.kind}'")
-    return pool
 
 
 def _settings(questions: Path | None, base_url: str | None, model: str | None, student: str | None) -> str:

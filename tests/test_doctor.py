@@ -132,7 +132,8 @@ def test_missing_data_is_noted(workspace: Workspace) -> None:
 def test_the_embedded_teacher_must_know_the_questions(workspace: Workspace) -> None:
     own = workspace.data / "questions" / "own.jsonl"
     own.write_text(json.dumps({"id": "q1", "question": "What is the airspeed of a swallow?", "answer": "11"}) + "\n")
-    check = only(doctor._questions(config(synthesis={"questions": "own"}), workspace))
+    settings = config(synthesis={"questions": "own"})
+    check = only(check for check in doctor.checks(settings, workspace) if check.name == "questions")
     assert check.ok is False and "'q1'" in check.found and "teacher.base_url" in check.do
     asked = config(synthesis={"questions": "own"}, teacher={"base_url": "http://host/v1", "model": "m"})
     assert only(doctor._questions(asked, workspace)).found == "1 in 'own'"
@@ -143,7 +144,8 @@ def test_an_answer_that_cannot_be_graded_fails(workspace: Workspace) -> None:
     rows = [{"id": "q1", "question": "How many eggs?", "answer": "12"}, {"id": "q2", "question": "And more?", "answer": "a dozen"}]
     own.write_text("".join(json.dumps(row) + "\n" for row in rows))
     teacher = {"base_url": "http://host/v1", "model": "m"}
-    check = only(doctor._questions(config(synthesis={"questions": "own"}, teacher=teacher), workspace))
+    settings = config(synthesis={"questions": "own"}, teacher=teacher)
+    check = only(check for check in doctor.checks(settings, workspace) if check.name == "questions")
     assert check.ok is False and "'own', question 'q2'" in check.found and "as 'number'" in check.do
     begun = config(synthesis={"questions": "own", "limit": 1}, teacher=teacher)  # a run does not read further
     assert only(doctor._questions(begun, workspace)).ok

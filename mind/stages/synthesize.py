@@ -20,7 +20,7 @@ from rich.table import Table
 from mind import outputs
 from mind.config import Config, Endpoint, Price, flatten
 from mind.errors import DataError, PassingError, TeacherError
-from mind.grading import check_gold
+from mind.grading import refuse_ungradable
 from mind.progress import bar, console
 from mind.records import Question, read_questions
 from mind.teacher import llm_judge, mistakes
@@ -32,7 +32,7 @@ from mind.teacher.client import Client, shown
 from mind.teacher.estimate import Estimate, Forecast
 from mind.teacher.judge import REASONS
 from mind.teacher.perspectives import prompts_digest
-from mind.teacher.recorded import Behaviour, UnknownQuestion, starter_corpus
+from mind.teacher.recorded import Behaviour, refuse_unknown, starter_corpus
 from mind.workspace import Workspace
 
 
@@ -85,7 +85,7 @@ def dry_run(config: Config, workspace: Workspace) -> Estimate:
     """
     _, questions = read_pool(config, workspace)
     if config.teacher.base_url == "embedded":
-        _check_recorded(questions)
+        refuse_unknown(questions)
     with ReplyCache(workspace.replies) as cache:
         teacher, judge = config.teacher, config.synthesis.llm_judge
         first, second = _wallets(config, cache)
@@ -128,23 +128,8 @@ def read_pool(config: Config, workspace: Workspace) -> tuple[Path, list[Question
     if pools not in path.parents:
         console.print(f"{path} lies outside data/questions: changes in it do not make the pipeline run again", style="yellow", markup=False)
     questions = read_questions(path)[: config.synthesis.limit]
-    for question in questions:
-        fault = check_gold(question.answer, question.kind, question.choices)
-        if fault:
-            raise DataError(f"{path}, question '{question.id}': {fault}", wanted=f"an answer that can be graded as '{question.kind}'")
+    refuse_ungradable(path, questions)
     return path, questions
-
-
-def _check_recorded(questions: Sequence[Question]) -> None:
-    for question in questions:
-        try:
-            starter_corpus().find([{"role": "user", "content": question.question}])
-        except UnknownQuestion:
-            raise TeacherError(
-                f"the embedded teacher does not know question '{question.id}'",
-                wanted="questions of the starter corpus: it has recorded replies for no others",
-                do="set teacher.base_url and teacher.model to an endpoint that answers any question",
-            ) from None
 
 
 # ------------------------------------------------------------------ endpoints

@@ -11,13 +11,14 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from mind.records import ANSWER_LINE
+from mind.errors import TeacherError
+from mind.records import ANSWER_LINE, Question
 from mind.teacher import llm_judge, mistakes
 from mind.teacher.perspectives import PROMPTS, perspective_of
 from mind.teacher.wire import ApiError
@@ -213,3 +214,16 @@ def _squeeze(text: str) -> str:
 
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
+
+
+def refuse_unknown(questions: Iterable[Question]) -> None:
+    """Raises TeacherError for the first question that the embedded teacher has no replies to."""
+    for question in questions:
+        try:
+            starter_corpus().find([{"role": "user", "content": question.question}])
+        except UnknownQuestion:
+            raise TeacherError(
+                f"the embedded teacher does not know question '{question.id}'",
+                wanted="questions of the starter corpus: it has recorded replies for no others",
+                do="set teacher.base_url and teacher.model to an endpoint that answers any question",
+            ) from None
